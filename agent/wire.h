@@ -1,0 +1,32 @@
+/* Frames over a connected socket, with descriptors. Reads never block and never go past the end of a frame. */
+#ifndef RINGFENCE_WIRE_H
+#define RINGFENCE_WIRE_H
+
+#include "frame.h"
+
+enum { MAX_DESCRIPTORS = 3 };
+enum wire_result { WIRE_FRAME, WIRE_WAIT, WIRE_END, WIRE_BAD };
+
+struct wire {
+  int sock; /* -1: closed */
+  uint32_t got;
+  struct header header;
+  uint8_t *payload;
+  uint8_t head[HEADER_BYTES];
+  uint8_t small[MAX_SMALL_BYTES];
+  int descriptors[MAX_DESCRIPTORS];
+  int descriptor_count;
+};
+
+void wire_open(struct wire *wire, int sock);
+
+/* Read until a frame is whole (WIRE_FRAME: handle it, then wire_release), or nothing more is there (WIRE_WAIT). */
+enum wire_result wire_read(struct wire *wire);
+
+/* Forget the frame: give its memory back, wiped, and close the descriptors that nobody took (took: set to -1). */
+void wire_release(struct wire *wire);
+
+/* Send a whole frame with `descriptor` (-1: none). False: the peer is gone, or does not read. */
+bool wire_send(const struct wire *wire, uint8_t type, const uint32_t *words, uint32_t count, int descriptor);
+
+#endif

@@ -1,0 +1,1 @@
+"""What this host can do, and which mechanism enforces which policy field here."""

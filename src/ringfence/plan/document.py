@@ -1,0 +1,173 @@
+"""The shape of a plan: JSON data, fully decided, nothing done yet.
+
+A plan is kept in a cache and read back by a `run` that imports none of the machinery that made it, so it is
+made of plain dictionaries; these types exist for the reader and the type checker alone.
+
+What differs from one sandbox to the next (its id, its range of host ids) is not in a plan: `instantiate` in
+`ringfence.runtime.bundle` fills it in.
+"""
+
+from typing import Literal, NotRequired, TypedDict
+
+from ringfence.plan.oci import OciConfig
+
+FORMAT = 1
+
+# Whose host id a staged file gets: root of the sandbox, or its job's user.
+Owner = Literal["root", "job"]
+
+
+class Tmpfs(TypedDict):
+    """Mount a tmpfs of bounded size and inode count at `at`; nosuid and nodev."""
+
+    op: Literal["tmpfs"]
+    at: str
+    size_bytes: int
+    inodes: int
+    mode: int
+    owner: Owner
+
+
+class Directory(TypedDict):
+    """Make directory `at` and its parents."""
+
+    op: Literal["directory"]
+    at: str
+    mode: int
+    owner: Owner
+
+
+class File(TypedDict):
+    """Write a small file."""
+
+    op: Literal["file"]
+    at: str
+    text: str
+    mode: int
+
+
+class HostFile(TypedDict):
+    """Copy the content of a small public file of the host at the time of the run."""
+
+    op: Literal["host-file"]
+    at: str
+    source: str
+
+
+class Symlink(TypedDict):
+    """Make a symbolic link."""
+
+    op: Literal["symlink"]
+    at: str
+    target: str
+
+
+class Agent(TypedDict):
+    """Copy the agent, so that no path of the host's shows in the sandbox's mountinfo."""
+
+    op: Literal["agent"]
+    at: str
+
+
+class Bind(TypedDict):
+    """Attach a copy of the mount at `source`, without submounts and without following a symlink.
+
+    ids: "image" shows the owners as they are on disk (host 0 is root inside), "owner" shows the owner of
+    `source` as the job's user and everybody else as nobody, "none" leaves ids unmapped (rootless).
+    below: resolved beneath the staged root ("root") or the staging directory ("stage").
+    """
+
+    op: Literal["bind"]
+    source: str
+    at: str
+    below: Literal["stage", "root"]
+    kind: Literal["directory", "file", "device"]
+    ids: Literal["image", "owner", "none"]
+    read_only: bool
+
+
+class Overlay(TypedDict):
+    """Put staged directories on top of each other, read-only, or with `upper` to take the writes."""
+
+    op: Literal["overlay"]
+    lower: list[str]
+    upper: str
+    at: str
+
+
+class Hide(TypedDict):
+    """Unmount `path` in the private mount namespace of the set-up."""
+
+    op: Literal["hide"]
+    path: str
+
+
+Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Bind | Overlay | Hide
+
+Vantage = Literal["observed", "reported", "probed", "not observable"]
+Value = str | int | bool | None | list[str]
+
+
+class Control(TypedDict):
+    """One thing that the proof must find; `name` says where to look, `asked` what must be there."""
+
+    name: str
+    field: str
+    asked: Value
+
+
+class Unenforced(TypedDict):
+    """A field that nothing here enforces and that the user let pass in so many words."""
+
+    field: str
+    reason: str
+
+
+class RuntimeChoice(TypedDict):
+    """The program that carries out the plan."""
+
+    name: str
+    path: str
+    version: str
+
+
+class ImageChoice(TypedDict):
+    """Which image, by name and identity."""
+
+    name: str
+    digest: str
+
+
+class User(TypedDict):
+    """Ids inside the sandbox, and how many host ids its range has (0: no range, only the caller's own id)."""
+
+    uid: int
+    gid: int
+    range_size: int
+
+
+class Plan(TypedDict):
+    """Everything a runtime needs; see `ringfence.plan.make.make_plan`."""
+
+    format: int
+    isolation: str
+    rootless: bool
+    runtime: RuntimeChoice
+    image: ImageChoice
+    policy_digest: str
+    host_digest: str
+    user: User
+    env: list[str]
+    cwd: str
+    time_s: float | None
+    output_bytes: int | None
+    cgroup: dict[str, object]
+    cgroup_limits: bool
+    deny_devices: list[str]
+    stage: list[Op]
+    oci: OciConfig
+    controls: list[Control]
+    unenforced: list[Unenforced]
+    warnings: list[str]
+    summary: list[str]
+    digest: NotRequired[str]

@@ -1,0 +1,159 @@
+"""From a policy's limits to rlimits and cgroup resources of the OCI spec, and what the kernel will show of them."""
+
+from ringfence.cgroup.weight import shares_of_weight
+from ringfence.host.facts import Host
+from ringfence.plan.document import Control, Value
+from ringfence.plan.oci import BlockIo, Cpu, Memory, Resources, Rlimit, Throttle
+from ringfence.policy.model import Io, Limits
+
+# The agent is a process of the job's user in the job's group; the job gets what the policy says beside it.
+AGENT_PROCESSES = 1
+CPU_PERIOD_US = 100_000
+# The kernel refuses a quota below 1 ms: sched/core.c, min_cfs_quota_period.
+_LEAST_QUOTA_US = 1_000
+
+_DEFAULT_DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
+
+
+def rlimits(limits: Limits) -> list[Rlimit]:
+    """Return the rlimits of the job and the agent; a limit that the policy leaves open is not set."""
+    wanted = {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_FSIZE": limits.file_size_bytes,
+        "RLIMIT_NOFILE": limits.open_files,
+        "RLIMIT_NPROC": None if limits.threads is None else limits.threads + AGENT_PROCESSES,
+        "RLIMIT_STACK": limits.stack_bytes,
+    }
+    return [
+        {"type": name, "soft": value, "hard": value} for name, value in wanted.items() if value is not None
+    ]
+
+
+def rlimit_controls(limits: Limits) -> list[Control]:
+    """Return what /proc/PID/limits must say."""
+    fields = {
+        "RLIMIT_CORE": "no_new_privileges",
+        "RLIMIT_FSIZE": "limits.file_size",
+        "RLIMIT_NOFILE": "limits.open_files",
+        "RLIMIT_NPROC": "limits.threads",
+        "RLIMIT_STACK": "limits.stack",
+    }
+    return [
+        {
+            "name": f"rlimit.{limit['type'].removeprefix('RLIMIT_').lower()}",
+            "field": "limits.core" if limit["type"] == "RLIMIT_CORE" else fields[limit["type"]],
+            "asked": limit["hard"],
+        }
+        for limit in rlimits(limits)
+    ]
+
+
+def cpu_quota_us(cpus: float) -> int:
+    """Return the CFS quota for `cpus` cores in each period of 100 ms, at least the kernel's smallest.
+
+    Source: https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    return max(_LEAST_QUOTA_US, round(cpus * CPU_PERIOD_US))
+
+
+def whole_pages(size_bytes: int, page_bytes: int) -> int:
+    """Return `size_bytes` as memory.limit_in_bytes and memory.max keep it: rounded down to pages."""
+    return size_bytes // page_bytes * page_bytes
+
+
+def resources(limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> Resources:
+    """Return ``linux.resources``; `skip` are fields that the user let pass unenforced."""
+    found: Resources = {
+        "devices": [{"allow": False, "access": "rwm"}],
+        "memory": _memory(limits, host, skip),
+        "cpu": _cpu(limits, host, skip),
+    }
+    if limits.pids is not None and "limits.pids" not in skip:
+        found["pids"] = {"limit": limits.pids + AGENT_PROCESSES}
+    throttles = throttled(limits.io, host, writes_to_disk=writes_to_disk, skip=skip)
+    if throttles:
+        found["blockIO"] = _block_io(throttles, host)
+    if host.cgroup.version == "v2" and "limits.cpu_weight" not in skip:
+        found["unified"] = {"cpu.weight": str(limits.cpu_weight)}
+    return found
+
+
+def _memory(limits: Limits, host: Host, skip: frozenset[str]) -> Memory:
+    found: Memory = {}
+    if limits.memory_bytes is None or "limits.memory" in skip:
+        return found
+    found["limit"] = whole_pages(limits.memory_bytes, host.page_bytes)
+    if limits.swap_bytes is not None and host.cgroup.swap_accounting and "limits.swap" not in skip:
+        # The OCI value is memory and swap together.
+        found["swap"] = found["limit"] + whole_pages(limits.swap_bytes, host.page_bytes)
+    return found
+
+
+def _cpu(limits: Limits, host: Host, skip: frozenset[str]) -> Cpu:
+    found: Cpu = {}
+    if limits.cpus is not None and "limits.cpus" not in skip:
+        found["quota"] = cpu_quota_us(limits.cpus)
+        found["period"] = CPU_PERIOD_US
+    if host.cgroup.version != "v2" and "limits.cpu_weight" not in skip:
+        found["shares"] = shares_of_weight(limits.cpu_weight)
+    if limits.cpuset is not None and "limits.cpuset" not in skip:
+        found["cpus"] = limits.cpuset
+    return found
+
+
+def throttled(io: Io, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> dict[str, int]:
+    """Return {rbps, wbps, riops, wiops} of what is to be throttled on the disk of the images."""
+    if host.block is None:
+        return {}
+    wanted = {
+        "rbps": ("limits.io.read", io.read_bytes_per_s),
+        "wbps": ("limits.io.write", io.write_bytes_per_s),
+        "riops": ("limits.io.read_iops", io.read_iops),
+        "wiops": ("limits.io.write_iops", io.write_iops),
+    }
+    return {
+        key: value
+        for key, (field, value) in wanted.items()
+        if value is not None and field not in skip and (writes_to_disk or key[0] == "r")
+    }
+
+
+def _block_io(throttles: dict[str, int], host: Host) -> BlockIo:
+    assert host.block is not None  # noqa: S101 - throttled() is empty without one
+    major, minor = (int(part) for part in host.block.number.split(":"))
+
+    def device(key: str) -> list[Throttle]:
+        return [{"major": major, "minor": minor, "rate": throttles[key]}] if key in throttles else []
+
+    return {
+        "throttleReadBpsDevice": device("rbps"),
+        "throttleWriteBpsDevice": device("wbps"),
+        "throttleReadIOPSDevice": device("riops"),
+        "throttleWriteIOPSDevice": device("wiops"),
+    }
+
+
+def cgroup_controls(limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> list[Control]:
+    """Return what the cgroup files must say for `resources` of the same arguments."""
+    asked = resources(limits, host, writes_to_disk=writes_to_disk, skip=skip)
+    memory, cpu = asked["memory"], asked["cpu"]
+    rows: list[tuple[str, str, Value]] = [("cgroup.membership", "limits.pids", True)]
+    if "limit" in memory:
+        rows.append(("cgroup.memory_bytes", "limits.memory", memory["limit"]))
+    if "swap" in memory:
+        rows.append(("cgroup.swap_bytes", "limits.swap", memory["swap"] - memory["limit"]))
+    if "quota" in cpu:
+        rows.append(("cgroup.cpu_quota_us", "limits.cpus", cpu["quota"]))
+        rows.append(("cgroup.cpu_period_us", "limits.cpus", cpu["period"]))
+    if "shares" in cpu:
+        rows.append(("cgroup.cpu_weight", "limits.cpu_weight", cpu["shares"]))
+    elif "unified" in asked:
+        rows.append(("cgroup.cpu_weight", "limits.cpu_weight", limits.cpu_weight))
+    if "cpus" in cpu:
+        rows.append(("cgroup.cpuset", "limits.cpuset", cpu["cpus"]))
+    if "pids" in asked:
+        rows.append(("cgroup.pids", "limits.pids", asked["pids"]["limit"]))
+    throttles = throttled(limits.io, host, writes_to_disk=writes_to_disk, skip=skip)
+    names = {"rbps": "read", "wbps": "write", "riops": "read_iops", "wiops": "write_iops"}
+    rows += [(f"cgroup.io.{key}", f"limits.io.{names[key]}", value) for key, value in throttles.items()]
+    return [{"name": name, "field": field, "asked": value} for name, field, value in rows]

@@ -1,0 +1,191 @@
+"""policy + workload + host -> plan. Pure: the same inputs give the same bytes."""
+
+import msgspec
+
+from ringfence.errors import HostError, NotEnforceable
+from ringfence.host.enforce import Enforcement, Tier, refusals, writes_to_disk
+from ringfence.host.facts import Host, Runtime, host_digest
+from ringfence.plan.config import RANGE_SIZE, config, config_controls
+from ringfence.plan.document import FORMAT, Control, Plan
+from ringfence.plan.limits import cgroup_controls, rlimit_controls
+from ringfence.plan.seccomp import seccomp_for
+from ringfence.plan.stage import WORK, stage, stage_controls
+from ringfence.plan.workload import Workload
+from ringfence.policy.digest import digest as policy_digest
+from ringfence.policy.model import TIERS, Policy, user_ids
+
+_JOB = (1000, 1000)
+# A user's subordinate ids are usually 65,536 in all: sixteen sandboxes at once, with the ids that images use.
+_ROOTLESS_RANGE = 4096
+_LINUX_RUNTIMES = ("crun", "runc")
+# runc lets every container open /dev/net/tun, whatever the spec says, and no spec can take it back:
+# https://github.com/opencontainers/runc/blob/v1.1.5/libcontainer/specconv/spec_linux.go (AllowedDevices)
+_TUN = "c 10:200 rwm"
+
+
+def make_plan(
+    policy: Policy,
+    workload: Workload,
+    host: Host,
+    *,
+    runtime: str | None = None,
+    allow_unenforced: frozenset[str] = frozenset(),
+) -> Plan:
+    """Decide everything, or refuse.
+
+    `runtime` is "crun", "runc" or None for the first that works here; `allow_unenforced` are dotted policy
+    fields that may go unenforced. Raises NotEnforceable, HostError, PolicyError.
+    """
+    tier = choose_tier(policy)
+    unenforced = _refuse(policy, tier, host, allow_unenforced)
+    skip = frozenset(cell.field for cell in unenforced)
+    program_name, program = _runtime(host, runtime)
+    _ready(policy, host, skip)
+    seccomp = seccomp_for(
+        policy.seccomp,
+        arch=host.arch,
+        capabilities=policy.capabilities,
+        moby=workload.moby,
+        kernel=host.kernel,
+    )
+    range_size = _range_size(host, skip)
+    user = user_ids(policy.user) or _JOB
+    disk = writes_to_disk(policy)
+    oci = config(
+        policy,
+        workload,
+        host,
+        user=user,
+        range_size=range_size,
+        seccomp=seccomp.oci,
+        writes_to_disk=disk,
+        skip=skip,
+    )
+    ops = stage(policy, workload, host)
+    limited = host.cgroup.writable and host.cgroup.version != "none"
+    controls: list[Control] = [
+        *config_controls(policy, oci, host),
+        *rlimit_controls(policy.limits),
+        *(cgroup_controls(policy.limits, host, writes_to_disk=disk, skip=skip) if limited else ()),
+        *stage_controls(policy, ops),
+    ]
+    plan: Plan = {
+        "format": FORMAT,
+        "isolation": tier,
+        "rootless": host.rootless,
+        "runtime": {"name": program_name, "path": program.path, "version": program.version_text},
+        "image": {"name": workload.image, "digest": workload.image_digest},
+        "policy_digest": policy_digest(policy),
+        "host_digest": host_digest(host),
+        "user": {"uid": user[0], "gid": user[1], "range_size": range_size},
+        "env": [*workload.env, f"HOME={WORK}"],
+        "cwd": WORK,
+        "time_s": policy.limits.time_s,
+        "output_bytes": policy.limits.output_bytes,
+        "cgroup": _layout(host),
+        "cgroup_limits": limited,
+        "deny_devices": [_TUN] if program_name == "runc" and limited else [],
+        "stage": ops,
+        "oci": oci,
+        "controls": controls,
+        "unenforced": [{"field": cell.field, "reason": cell.reason} for cell in unenforced],
+        "warnings": _warnings(policy, host),
+        "summary": [f"seccomp {seccomp.summary}"],
+    }
+    plan["digest"] = plan_digest(plan)
+    return plan
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return "sha256:..." of the plan's canonical JSON without its own digest."""
+    import hashlib
+
+    body = {key: value for key, value in plan.items() if key != "digest"}
+    return "sha256:" + hashlib.sha256(msgspec.json.encode(body, order="deterministic")).hexdigest()
+
+
+def choose_tier(policy: Policy) -> Tier:
+    """Return the tier: the one that the policy names, or for ``auto`` the cheapest at or above its floor.
+
+    Raises HostError when that tier is not there: never a weaker one instead.
+    """
+    wanted: Tier = policy.floor if policy.isolation == "auto" else policy.isolation
+    if TIERS.index(wanted) < TIERS.index(policy.floor):
+        raise HostError(f"isolation {wanted} is below the policy's floor {policy.floor}")
+    if wanted != "linux":
+        raise HostError(
+            f"the {wanted} tier is not built yet"
+            + (f", and the policy's floor is {policy.floor}" if policy.floor != "linux" else ""),
+            hint="choose a policy whose floor is linux, such as untrusted, if a shared kernel is acceptable",
+        )
+    return wanted
+
+
+def _refuse(
+    policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[str]
+) -> list[Enforcement]:
+    """Return the unenforced fields that the user let pass; raise for all others."""
+    missing = refusals(policy, tier, host)
+    refused = [cell for cell in missing if cell.field not in allow_unenforced]
+    if refused:
+        first, fields = refused[0], tuple(cell.field for cell in refused)
+        more = f" (and {', '.join(fields[1:])})" if len(fields) > 1 else ""
+        raise NotEnforceable(
+            f"{first.field} cannot be enforced at the {tier} tier: {first.reason}{more}",
+            fields=fields,
+            hint=f"{first.hint}; or accept it with "
+            + " ".join(f"--allow-unenforced {field}" for field in fields),
+        )
+    return missing
+
+
+def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
+    names = (wanted,) if wanted else _LINUX_RUNTIMES
+    if host.rootless and host.cgroup.hybrid_v2_mount and not wanted:
+        # crun refuses hybrid cgroups, and a user cannot take the second mount out of its sight.
+        names = ("runc",)
+    for name in names:
+        if name not in _LINUX_RUNTIMES:
+            raise HostError(f"unknown runtime {name!r}", hint=f"one of: {', '.join(_LINUX_RUNTIMES)}")
+        if name in host.runtimes:
+            return name, host.runtimes[name]
+    raise HostError(
+        f"{' or '.join(names)} is not installed", hint=f"apt-get install {names[0]}, then 'ringfence doctor'"
+    )
+
+
+def _ready(policy: Policy, host: Host, skip: frozenset[str]) -> None:
+    if not host.overlayfs:
+        raise HostError("the kernel has no overlayfs", hint="modprobe overlay")
+    if not host.rootless and not host.idmapped_mounts:
+        raise HostError(
+            f"images on {host.state_filesystem or 'this file system'} cannot be mounted with their owners mapped",
+            hint="set RINGFENCE_STATE_DIR to a directory on ext4, xfs, btrfs or a tmpfs of Linux 6.3",
+        )
+    if "user" in skip and not host.rootless:
+        raise HostError("without user namespaces nothing here can run as root", hint="enable them")
+    del policy
+
+
+def _range_size(host: Host, skip: frozenset[str]) -> int:
+    if not host.rootless:
+        return RANGE_SIZE
+    return 0 if "user" in skip else _ROOTLESS_RANGE
+
+
+def _layout(host: Host) -> dict[str, object]:
+    facts = host.cgroup
+    return {
+        "version": facts.version,
+        "mounts": facts.mounts,
+        "unified": facts.unified,
+        "controllers": list(facts.controllers),
+        "base": facts.base,
+    }
+
+
+def _warnings(policy: Policy, host: Host) -> list[str]:
+    found = []
+    if host.lsm.apparmor and not host.lsm.apparmor_profile and policy.lsm == "default":
+        found.append("AppArmor is on but the profile ringfence-default is not loaded: see 'ringfence doctor'")
+    return found

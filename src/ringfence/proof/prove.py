@@ -1,0 +1,198 @@
+"""Compare what was asked with what was observed, control by control. On the way of every run."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from ringfence.proof.observe import Subject, mounts, observe, sysctls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from ringfence.plan.document import Control, Plan, Value, Vantage
+    from ringfence.proof.observe import Seen
+    from ringfence.runtime.base import Instance
+
+    class Line(TypedDict):
+        """One control: `ok` is None where nothing was to be observed."""
+
+        control: str
+        field: str
+        asked: Value
+        observed: Value
+        vantage: Vantage
+        source: str
+        ok: bool | None
+
+    class Proof(TypedDict):
+        """All of them, at one moment; the JSON that --proof writes."""
+
+        format: int
+        moment: str
+        taken_at: str
+        sandbox: str
+        isolation: str
+        runtime: str
+        policy_digest: str
+        plan_digest: str
+        image: str
+        image_digest: str
+        holds: bool
+        unenforced: list[str]
+        lines: list[Line]
+
+
+MOMENT = "before the job's first instruction"
+# Kept by Ringfence itself while the job runs; the kernel has nothing to show of them beforehand.
+_KEPT = (("time_s", "limits.time"), ("output_bytes", "limits.output"))
+# What a user who is not root cannot see of a process with other ids; the agent reports it instead.
+_UNSEEN_ROOTLESS = frozenset({"descriptors", "hostname"})
+
+
+def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descriptors: int) -> Proof:
+    """Return the proof for the process `subject`; it holds if every asked control was observed as asked.
+
+    `reported_descriptors` is the agent's own count of the held process's descriptors, which stands in, as
+    "reported", where this process may not look.
+    """
+    seen = observe(subject)
+    seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
+    seen |= _mounts(plan, subject, seen)
+    lines = [_line(control, _asked(control, instance, subject), seen) for control in plan["controls"]]
+    if plan["rootless"]:
+        lines = [_from_agent(line, reported_descriptors) for line in lines]
+    lines += [_kept(field, plan[key]) for key, field in _KEPT if plan[key] is not None]  # type: ignore[literal-required]
+    lines += [_not_enforced(item["field"], item["reason"]) for item in plan["unenforced"]]
+    return {
+        "format": 1,
+        "moment": MOMENT,
+        "taken_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "sandbox": instance.id,
+        "isolation": plan["isolation"],
+        "runtime": plan["runtime"]["version"] or plan["runtime"]["name"],
+        "policy_digest": plan["policy_digest"],
+        "plan_digest": plan["digest"],
+        "image": plan["image"]["name"],
+        "image_digest": plan["image"]["digest"],
+        "holds": not any(line["ok"] is False for line in lines),
+        "unenforced": [item["field"] for item in plan["unenforced"]],
+        "lines": lines,
+    }
+
+
+def failures(proof: Proof) -> list[str]:
+    """Return "control: asked X, observed Y" for each control that does not hold."""
+    return [
+        f"{line['control']}: asked {words(line['asked'])}, "
+        + ("not observed" if not line["source"] else f"observed {words(line['observed'])}")
+        for line in proof["lines"]
+        if line["ok"] is False
+    ]
+
+
+def words(value: Value) -> str:
+    """Return a value as a person reads it."""
+    if isinstance(value, list):
+        return ", ".join(value) if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "no limit" if value is None else str(value)
+
+
+def _asked(control: Control, instance: Instance, subject: Subject) -> Value:
+    """Fill in what is known only of this sandbox."""
+    if control["name"] == "credentials.range":
+        return f"0 {subject.base} {subject.size}" if subject.size else f"0 {os.geteuid()} 1"
+    if control["name"] == "hostname":
+        return instance.id
+    return control["asked"]
+
+
+def _line(control: Control, asked: Value, seen: Seen) -> Line:
+    name = control["name"]
+    value, source = seen.get(name, (None, ""))
+    if isinstance(asked, str) and asked.startswith("* ") and isinstance(value, str):
+        # A bind mount has the type of whatever file system it comes from.
+        value = f"* {value.partition(' ')[2].partition(' size=')[0]}"
+    return {
+        "control": name,
+        "field": control["field"],
+        "asked": asked,
+        "observed": value,
+        "vantage": "observed" if source else "not observable",
+        "source": source,
+        "ok": bool(source) and type(value) is type(asked) and value == asked,
+    }
+
+
+def _mounts(plan: Plan, subject: Subject, seen: Seen) -> Seen:
+    """Judge the mounts that are there because a path is masked, read-only or a device, and find all others."""
+    try:
+        found = {mount.target: mount for mount in mounts(subject.pid)}
+    except OSError:
+        return {}
+    source = f"/proc/{subject.pid}/mountinfo"
+    linux = plan["oci"]["linux"]
+    # The same kernel: a path that the host's /proc lacks is not in the sandbox's either.
+    masked = [
+        path for path in linux["maskedPaths"] if (path in found and _covers(path, found)) or not os.path.lexists(path)
+    ]
+    read_only = [
+        path
+        for path in linux["readonlyPaths"]
+        if (path in found and "ro" in found[path].flags) or not os.path.lexists(path)
+    ]
+    nodes = sorted(
+        target.removeprefix("/dev/")
+        for target, mount in found.items()
+        if target.startswith("/dev/") and mount.kind == "devtmpfs"
+    )
+    asked = {control["name"].removeprefix("mount:") for control in plan["controls"] if control["name"][:6] == "mount:"}
+    explained = asked.union(linux["maskedPaths"], linux["readonlyPaths"], (f"/dev/{node}" for node in nodes))
+    return {
+        "paths.masked": (masked, source),
+        "paths.read_only": (read_only, source),
+        "devices.nodes": (nodes, source),
+        "mounts.others": (sorted(found.keys() - explained), source),
+    }
+
+
+def _covers(path: str, found: dict[str, object]) -> bool:
+    mount = found[path]
+    kind, root = getattr(mount, "kind", ""), getattr(mount, "root", "")
+    return kind == "tmpfs" or (kind == "devtmpfs" and root == "/null")
+
+
+def _from_agent(line: Line, descriptors: int) -> Line:
+    if line["source"] or line["control"] not in _UNSEEN_ROOTLESS:
+        return line
+    if line["control"] == "descriptors":
+        value: Value = [str(number) for number in range(descriptors)]
+        return {**line, "observed": value, "vantage": "reported", "source": "agent", "ok": value == line["asked"]}
+    return {**line, "ok": None}
+
+
+def _kept(field: str, asked: Value) -> Line:
+    return {
+        "control": field,
+        "field": field,
+        "asked": asked,
+        "observed": "kept by Ringfence during the run",
+        "vantage": "not observable",
+        "source": "",
+        "ok": None,
+    }
+
+
+def _not_enforced(field: str, reason: str) -> Line:
+    return {
+        "control": field,
+        "field": field,
+        "asked": "allowed to go unenforced",
+        "observed": f"not enforced: {reason}",
+        "vantage": "not observable",
+        "source": "",
+        "ok": None,
+    }

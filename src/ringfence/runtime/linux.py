@@ -1,0 +1,156 @@
+"""The linux tier: crun or runc start the agent in a root that we staged."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ringfence.errors import HostError, RingfenceError
+from ringfence.linux import libc
+from ringfence.linux.userns import make_userns
+from ringfence.runtime.base import Starting
+from ringfence.runtime.bundle import instantiate
+from ringfence.runtime.stage import Ids, Stager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ringfence.plan.document import Plan
+    from ringfence.runtime.base import Instance
+
+# Duplicates of descriptors that are about to be given fixed numbers lie above these numbers.
+_ABOVE = 32
+_FIRST = 3
+
+
+def start(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
+    """Start the agent in a sandbox, with `descriptors` as its 3, 4, 5...
+
+    Returns while the runtime is still at work. Raises HostError, MountError, SandboxError; then nothing runs.
+    """
+    if plan["rootless"]:
+        from ringfence.runtime.rootless import start_rootless
+
+        return start_rootless(plan, instance, descriptors)
+    agent = agent_path()
+    size = plan["user"]["range_size"]
+    ranges = [(0, instance.base, size)]
+    userns = make_userns(agent, ranges, ranges)
+    try:
+        ids = Ids(base=instance.base, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=userns)
+        stager = Stager(instance.staging, ids, agent)
+        starting = _in_thread(lambda: _set_up(plan, instance, stager, userns, descriptors))
+    except BaseException:
+        os.close(userns)
+        raise
+    starting.keep(userns)
+    return starting
+
+
+def _set_up(
+    plan: Plan, instance: Instance, stager: Stager, userns: int, descriptors: tuple[int, ...]
+) -> Starting:
+    """Stage the root in a mount namespace of this thread's own and start the runtime in it."""
+    libc.unshare(libc.CLONE_NEWNS)  # implies CLONE_FS: the current directory is the thread's own as well
+    # Private before anything is mounted, or it would appear on the host.
+    libc.make_private("/")
+    stager.run(plan["stage"])
+    # Our own /proc entry and not "self": runc opens the path in a helper that has other descriptors.
+    write_config(
+        plan, instance, root=f"{instance.staging}/root", userns=f"/proc/{os.getpid()}/fd/{userns}"
+    )
+    return spawn(command(plan, instance, preserve=len(descriptors)), instance, descriptors)
+
+
+def write_config(plan: Plan, instance: Instance, *, root: str, userns: str) -> None:
+    """Write the bundle's config.json; raises OSError."""
+    oci = instantiate(plan, instance, root=root, userns=userns)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(f"{instance.directory}/config.json", flags, 0o600)
+    try:
+        data = memoryview(json.dumps(oci, separators=(",", ":")).encode())
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+
+
+def command(plan: Plan, instance: Instance, *, preserve: int, options: tuple[str, ...] = ()) -> list[str]:
+    """Return the runtime's command line: start the agent, hand it `preserve` descriptors, and go away."""
+    return [
+        plan["runtime"]["path"],
+        "--root",
+        f"{instance.directory}/runtime",
+        *options,
+        "run",
+        "--detach",
+        "--preserve-fds",
+        str(preserve),
+        "--bundle",
+        instance.directory,
+        instance.id,
+    ]
+
+
+def spawn(argv: list[str], instance: Instance, descriptors: tuple[int, ...]) -> Starting:
+    """Start `argv` in a session of its own with `descriptors` as 3, 4, ... and its words in the log."""
+    import fcntl
+
+    log = f"{instance.directory}/runtime.log"
+    log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in descriptors]
+    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, log, log_flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+        *((os.POSIX_SPAWN_DUP2, fd, _FIRST + place) for place, fd in enumerate(high)),
+    ]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": instance.directory}
+    try:
+        return Starting(os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True), log)
+    except OSError as error:
+        raise HostError(
+            f"cannot start {argv[0]}: {error.strerror}", hint="see 'ringfence doctor'"
+        ) from error
+    finally:
+        for fd in high:
+            os.close(fd)
+
+
+def agent_path() -> str:
+    """Return the path of the agent's binary; raises HostError when it was not built."""
+    path = f"{os.path.dirname(os.path.dirname(__file__))}/_agent/ringfence-agent"
+    if not os.path.exists(path):
+        raise HostError("the agent is not built", hint="run: make setup (or make -C agent install)")
+    return path
+
+
+def _in_thread(work: Callable[[], Starting]) -> Starting:
+    """Run `work` in a thread that ends with it, so that the caller keeps its own mount namespace.
+
+    A process that uses threads may not fork safely, and `unshare(CLONE_NEWNS)` works on one thread alone.
+    """
+    import _thread
+
+    done = _thread.allocate_lock()
+    done.acquire()
+    started: list[Starting] = []
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            started.append(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            failed.append(error)
+        finally:
+            done.release()
+
+    _thread.start_new_thread(body, ())
+    done.acquire()
+    if failed:
+        error = failed[0]
+        if isinstance(error, RingfenceError):
+            raise error
+        raise HostError(f"cannot set the sandbox up: {error}", hint="see --debug") from error
+    return started[0]

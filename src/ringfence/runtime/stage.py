@@ -1,0 +1,227 @@
+"""Carry out the staging operations of a plan, in a mount namespace that the caller has made private.
+
+Works relative to the thread's current directory, so that the overlay's options, which a sandbox can read in its
+mountinfo, name no host path.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ringfence.errors import HostError, MountError
+from ringfence.linux import libc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.plan.document import Bind, Op, Overlay, Owner
+
+_MOST_BYTES = 1 << 20
+_KINDS = {"directory": stat.S_ISDIR, "file": stat.S_ISREG, "device": lambda _: False}
+
+
+class Ids:
+    """Who owns what is staged: host ids of the sandbox's root and job, and user namespaces for idmapped mounts.
+
+    `userns` is a descriptor of the sandbox's user namespace, -1 where mounts cannot be idmapped (rootless).
+    """
+
+    __slots__ = ("base", "gid", "owner_map", "uid", "userns")
+
+    def __init__(self, *, base: int, uid: int, gid: int, userns: int) -> None:
+        """`base` is the host id of the sandbox's root, `uid` and `gid` those of the job inside."""
+        self.base = base
+        self.uid = uid
+        self.gid = gid
+        self.userns = userns
+
+    def of(self, owner: Owner) -> tuple[int, int]:
+        """Return (uid, gid) as this mount namespace writes them."""
+        return (self.base + self.uid, self.base + self.gid) if owner == "job" else (self.base, self.base)
+
+
+class Stager:
+    """One staging directory being filled."""
+
+    def __init__(self, staging: str, ids: Ids, agent: str) -> None:
+        """Stage at directory `staging`; `agent` is the path of the agent's binary."""
+        self.staging = staging
+        self.ids = ids
+        self.agent = agent
+
+    def run(self, ops: list[Op]) -> None:
+        """Carry out `ops` in order. Raises MountError, HostError, OSError; the namespace's end undoes it all."""
+        os.chdir(self.staging)
+        for op in ops:
+            try:
+                self._one(op)
+            except OSError as error:
+                raise _explain(op, error) from error
+
+    def _one(self, op: Op) -> None:
+        if op["op"] == "directory":
+            self._directories(op["at"], op["mode"], op["owner"])
+        elif op["op"] == "file":
+            self._file(op["at"], op["text"].encode(), op["mode"])
+        elif op["op"] == "host-file":
+            self._file(op["at"], _public(op["source"]), 0o644)
+        elif op["op"] == "symlink":
+            os.symlink(op["target"], op["at"])
+        elif op["op"] == "agent":
+            self._file(op["at"], _read(self.agent, 8 << 20), 0o555)
+        elif op["op"] == "tmpfs":
+            self._tmpfs(op["at"], op["size_bytes"], op["inodes"], op["mode"], op["owner"])
+        elif op["op"] == "overlay":
+            self._overlay(op)
+        elif op["op"] == "bind":
+            self._bind(op)
+        else:
+            libc.detach(op["path"])
+
+    def _directories(self, at: str, mode: int, owner: Owner) -> None:
+        path = ""
+        parts = at.split("/")
+        for index, part in enumerate(parts):
+            path = f"{path}/{part}" if path else part
+            try:
+                os.mkdir(path, mode)
+            except FileExistsError:
+                continue
+            last = index == len(parts) - 1
+            os.chmod(path, mode if last else 0o755)
+            os.chown(path, *self.ids.of(owner if last else "root"))
+
+    def _file(self, at: str, data: bytes, mode: int) -> None:
+        if "/" in at:
+            self._directories(at.rpartition("/")[0], 0o755, "root")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(at, flags, mode)
+        try:
+            while data:
+                data = data[os.write(fd, data) :]
+            os.fchmod(fd, mode)
+            os.fchown(fd, *self.ids.of("root"))
+        finally:
+            os.close(fd)
+
+    def _tmpfs(self, at: str, size_bytes: int, inodes: int, mode: int, owner: Owner) -> None:
+        uid, gid = self.ids.of(owner)
+        data = f"size={size_bytes},nr_inodes={inodes},mode={mode:o},uid={uid},gid={gid}"
+        libc.mount("tmpfs", at, "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, data)
+        if at == ".":  # the current directory is still the one below the new mount
+            os.chdir(self.staging)
+
+    def _overlay(self, op: Overlay) -> None:
+        flags = libc.MS_NOSUID | libc.MS_NODEV
+        data = "lowerdir=" + ":".join(op["lower"]) + ",redirect_dir=nofollow,metacopy=off"
+        if op["upper"]:
+            data += f",upperdir={op['upper']}/files,workdir={op['upper']}/work"
+        else:
+            flags |= libc.MS_RDONLY
+        libc.mount("overlay", op["at"], "overlay", flags, data)
+
+    def _bind(self, op: Bind) -> None:
+        source = _open_plain(op["source"])
+        try:
+            found = os.fstat(source)
+            if not _KINDS[op["kind"]](found.st_mode):
+                raise MountError(f"mount source {op['source']!r} is no longer a {op['kind']}", hint="run again")
+            tree = libc.clone_tree(source, "")
+            try:
+                self._attributes(tree, op, found)
+                self._attach(tree, op)
+            finally:
+                os.close(tree)
+        finally:
+            os.close(source)
+
+    def _attributes(self, tree: int, op: Bind, found: os.stat_result) -> None:
+        attributes = libc.MOUNT_ATTR_NOSUID | libc.MOUNT_ATTR_NODEV
+        if op["read_only"]:
+            attributes |= libc.MOUNT_ATTR_RDONLY
+        if op["ids"] == "none":
+            libc.set_mount_attributes(tree, attributes)
+            return
+        if op["ids"] == "image":
+            libc.set_mount_attributes(tree, attributes | libc.MOUNT_ATTR_IDMAP, self.ids.userns)
+            return
+        userns = self._owner_userns(found.st_uid, found.st_gid)
+        try:
+            libc.set_mount_attributes(tree, attributes | libc.MOUNT_ATTR_IDMAP, userns)
+        finally:
+            os.close(userns)
+
+    def _owner_userns(self, uid: int, gid: int) -> int:
+        """A map in which the owner of a source is the job, and nobody else is anybody."""
+        from ringfence.linux.userns import make_userns
+
+        job = self.ids.of("job")
+        return make_userns(self.agent, [(uid, job[0], 1)], [(gid, job[1], 1)])
+
+    def _attach(self, tree: int, op: Bind) -> None:
+        # Below the root lie files of an image or of an earlier mount: no symlink in them may lead elsewhere.
+        below = os.open("root" if op["below"] == "root" else ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            resolve = libc.RESOLVE_IN_ROOT | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
+            target = libc.openat2(below, op["at"], os.O_PATH, resolve)
+        finally:
+            os.close(below)
+        try:
+            libc.attach_tree(tree, target)
+        finally:
+            os.close(target)
+
+
+def _open_plain(path: str) -> int:
+    """Open a path that was resolved when the plan was made; a symlink on it now is somebody's trick."""
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return libc.openat2(
+            root, path.lstrip("/") or ".", os.O_PATH, libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
+        )
+    finally:
+        os.close(root)
+
+
+def _read(path: str, most_bytes: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if os.fstat(fd).st_size > most_bytes:
+            raise MountError(f"{path} is larger than {most_bytes} bytes")
+        data = b""
+        while piece := os.read(fd, most_bytes):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
+def _public(path: str) -> bytes:
+    """Read a small file of the host's that everybody may read; nothing else may get into a sandbox this way."""
+    fd = _open_plain(path)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) or not mode & stat.S_IROTH:
+            raise MountError(f"{path} is not a file that everybody may read")
+        return _read(f"/proc/self/fd/{fd}", _MOST_BYTES)
+    finally:
+        os.close(fd)
+
+
+def _explain(op: Op, error: OSError) -> HostError | MountError:
+    import errno
+
+    reason = error.strerror or str(error)
+    if op["op"] == "bind":
+        if error.errno in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
+            return MountError(
+                f"cannot mount {op['source']!r} at {op['at']!r}: {reason} ({error.filename})",
+                hint="a path changed since the plan was made, or the target goes through a symlink",
+            )
+        if op["ids"] != "none" and error.errno == errno.EINVAL:
+            return MountError(
+                f"cannot map the owners of {op['source']!r}: its file system has no idmapped mounts",
+                hint="keep it on ext4, xfs, btrfs, or a tmpfs of Linux 6.3",
+            )
+        return MountError(f"cannot mount {op['source']!r} at {op['at']!r}: {reason}", hint="see --debug")
+    return HostError(f"cannot stage {op['op']} {error.filename or ''}: {reason}", hint="see --debug")

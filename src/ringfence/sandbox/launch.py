@@ -1,0 +1,341 @@
+"""Bring a sandbox up to the gate, prove it, and let the job go. On the way of every run.
+
+The order is what makes a crash harmless: directory and lock first, then the record of what will exist, then the
+things themselves. Whatever kills this process, the next one finds the record without a holder and removes it all.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import struct
+import time
+
+from ringfence.cgroup.group import Cgroup
+from ringfence.cgroup.layout import Layout
+from ringfence.errors import HostError, ProofError, SandboxError
+from ringfence.proof.observe import Subject
+from ringfence.proof.prove import failures, prove
+from ringfence.runtime.base import Instance
+from ringfence.sandbox import protocol, ranges, reap, store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ringfence.plan.document import Plan
+    from ringfence.proof.prove import Proof
+    from ringfence.runtime.base import Starting
+    from ringfence.sandbox.store import Entry
+
+# A start takes tens of milliseconds; on a machine that swaps it may take seconds.
+START_TIMEOUT_S = 30.0
+_SO_PASSCRED = 16
+_SCM_CREDENTIALS = 2
+_UCRED = struct.Struct("=iII")
+_STAGES = {
+    protocol.STAGE_FORK: "the job's process could not be made",
+    protocol.STAGE_DESCRIPTORS: "its standard streams could not be set up",
+    protocol.STAGE_CWD: "the working directory cannot be entered",
+    protocol.STAGE_EXEC: "the command cannot be executed",
+}
+
+
+class CommandError(Exception):
+    """The job's command could not be executed: `status` is 126 or 127. Not an error of Ringfence's."""
+
+    def __init__(self, stage: int, number: int, command: str) -> None:
+        """Say why: `number` is the errno inside the sandbox."""
+        import errno
+
+        self.status = 127 if number == errno.ENOENT and stage == protocol.STAGE_EXEC else 126
+        hint = _command_hint(stage, number, command)
+        reason = f"{os.strerror(number)}{hint}"
+        super().__init__(
+            f"{command!r}: {reason}" if stage == protocol.STAGE_EXEC else f"{_STAGES.get(stage, stage)}: {reason}"
+        )
+
+
+def _command_hint(stage: int, number: int, command: str) -> str:
+    import errno
+
+    if stage == protocol.STAGE_CWD:
+        return " (--workdir names a directory inside the sandbox)"
+    if number == errno.ENOENT:
+        return " in the image" if "/" in command else " on the PATH of the image"
+    if number == errno.ENOEXEC:
+        return " (a script needs a first line such as #!/bin/sh)"
+    return ""
+
+
+class Running:
+    """A sandbox whose agent lives, from this process's side."""
+
+    __slots__ = (
+        "agent_pid",
+        "cgroup",
+        "command",
+        "connection",
+        "entry",
+        "instance",
+        "job_pid",
+        "pidfd",
+        "plan",
+        "proof",
+        "pty",
+        "started_s",
+        "starting",
+    )
+
+    def __init__(self, plan: Plan, entry: Entry, instance: Instance, command: str) -> None:
+        """Nothing is started yet; `command` is the first word of the job, for messages."""
+        self.plan = plan
+        self.entry = entry
+        self.instance = instance
+        self.command = command
+        self.cgroup = (
+            Cgroup(Layout.from_dict(plan["cgroup"]), instance.cgroup_path) if plan["cgroup_limits"] else None
+        )
+        self.starting: Starting | None = None
+        self.connection: protocol.Connection | None = None
+        self.agent_pid = 0
+        self.job_pid = 0
+        self.pidfd = -1
+        self.pty = -1
+        self.proof: Proof | None = None
+        self.started_s = 0.0
+
+    def kill(self) -> None:
+        """Kill the sandbox: its pid namespace dies with the agent. Waits until it is gone."""
+        if self.pidfd >= 0:
+            import signal
+
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.wait_gone()
+
+    def wait_gone(self, timeout_s: float = 5.0) -> bool:
+        """Wait until the agent is dead; False if it is still there."""
+        if self.pidfd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def close(self) -> None:
+        """Remove everything of the sandbox; it must be dead or dying. Raises HostError if it cannot be killed."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self.starting is not None:
+            self.starting.wait()
+        self.kill()
+        for fd in (self.pidfd, self.pty):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.pty = -1
+        reap.discard(self.entry)
+        self.entry.unlock()
+
+    def let_go(self) -> None:
+        """Leave the sandbox to itself (detached)."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self.starting is not None:
+            self.starting.wait()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        self.entry.unlock()
+
+
+def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remove: bool) -> Running:
+    """Reserve everything for a sandbox of `plan` and record it; nothing of it runs yet.
+
+    Raises SandboxError, UsageError, HostError; then nothing is left.
+    """
+    reap.sweep()
+    if name and store.name_taken(name):
+        raise SandboxError(f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name")
+    entry = store.create()
+    base = 0
+    try:
+        size = plan["user"]["range_size"]
+        if size:
+            base = ranges.allocate(size, entry.directory, rootless=plan["rootless"])
+        layout = Layout.from_dict(plan["cgroup"])
+        path = layout.path(entry.id) if plan["cgroup_limits"] else ""
+        entry.write_record(
+            {
+                "id": entry.id,
+                "name": name,
+                "argv": list(argv),
+                "created_ns": time.time_ns(),
+                "image": plan["image"]["name"],
+                "isolation": plan["isolation"],
+                "runtime": plan["runtime"]["name"],
+                "time_s": plan["time_s"],
+                "env": plan["env"],
+                "cwd": plan["cwd"],
+                "detached": detached,
+                "remove": remove,
+                "base": base,
+                "rootless": plan["rootless"],
+                "cgroup": plan["cgroup"],
+                "cgroup_path": path,
+            }
+        )
+        instance = Instance(
+            id=entry.id, directory=entry.directory, staging=store.staging_dir(), base=base, cgroup_path=path
+        )
+        return Running(plan, entry, instance, argv[0] if argv else "")
+    except BaseException:
+        ranges.release(base, entry.directory, rootless=plan["rootless"])
+        entry.remove()
+        entry.unlock()
+        raise
+
+
+def start(running: Running) -> None:
+    """Start the runtime and wait until the agent stands at the gate. Raises SandboxError, HostError, MountError."""
+    from ringfence.runtime.linux import start as start_linux
+
+    ours, theirs = _socket_pair()
+    listener = _listener(running.entry.path("control.sock"))
+    try:
+        descriptors = (theirs.fileno(), listener.fileno(), running.entry.lock_fd)
+        running.starting = start_linux(running.plan, running.instance, descriptors)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        listener.close()
+    running.connection = protocol.Connection(ours)
+    running.agent_pid = _greeted_by(ours, running.starting)
+    running.starting.release()
+    running.pidfd = os.pidfd_open(running.agent_pid)
+    if running.cgroup is not None and running.plan["deny_devices"]:
+        running.cgroup.deny_devices(running.plan["deny_devices"])
+    frame = running.connection.recv()
+    if frame is None or frame[0] != protocol.READY or protocol.decode_ready(frame[2])[0] != protocol.VERSION:
+        raise SandboxError("the agent speaks another protocol", hint="run: make setup")
+
+
+def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
+    """Have the agent prepare the job and stop before its first instruction; return its count of descriptors.
+
+    Raises CommandError, SandboxError.
+    """
+    connection = running.connection
+    assert connection is not None  # noqa: S101 - start() has set it
+    connection.send(frame, descriptors)
+    answer = connection.recv()
+    if answer is None:
+        raise _died(running)
+    kind, _, payload, received = answer
+    if kind == protocol.FAILED:
+        raise CommandError(*protocol.decode_failed(payload), running.command)
+    if kind == protocol.EXITED:
+        raise _died(running)
+    running.pty = received[0] if received else -1
+    running.job_pid = _child_of(running.agent_pid)
+    return protocol.decode_prepared(payload)[1]
+
+
+def prove_held(running: Running, reported_descriptors: int) -> Proof:
+    """Take the proof of the held job. Raises ProofError if any asked control was not observed."""
+    subject = Subject(
+        pid=running.job_pid,
+        base=running.instance.base,
+        size=running.plan["user"]["range_size"],
+        cgroup=running.cgroup,
+        rules=(),
+    )
+    running.proof = prove(
+        running.plan, running.instance, subject, reported_descriptors=reported_descriptors
+    )
+    if not running.proof["holds"]:
+        found = failures(running.proof)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ProofError(
+            f"the kernel does not enforce what the policy asks: {found[0]}{more}; nothing was run",
+            hint="--proof FILE has the whole table; 'ringfence doctor' says what this host can enforce",
+        )
+    return running.proof
+
+
+def go(running: Running) -> None:
+    """Let the job execute; the time limit counts from here."""
+    assert running.connection is not None  # noqa: S101
+    running.connection.send(protocol.encode_go())
+    running.started_s = time.monotonic()
+
+
+def _died(running: Running) -> SandboxError:
+    memory = running.cgroup is not None and running.cgroup.oom_kills() > 0
+    return SandboxError(
+        "the sandbox ended before the job started" + (": the memory limit is too small" if memory else ""),
+        hint="raise limits.memory (--memory)" if memory else "see --debug",
+    )
+
+
+def _socket_pair() -> tuple[_socket.socket, _socket.socket]:
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    ours.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 1)
+    ours.settimeout(START_TIMEOUT_S)
+    return ours, theirs
+
+
+def _listener(path: str) -> _socket.socket:
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(8)
+    return listener
+
+
+def _greeted_by(sock: _socket.socket, starting: Starting) -> int:
+    """Return the pid of whoever speaks on the other end, in the kernel's words: unix(7), SCM_CREDENTIALS."""
+    space = _socket.CMSG_SPACE(_UCRED.size)
+    try:
+        data, ancillary, _, _ = sock.recvmsg(1, space, _socket.MSG_PEEK)
+    except TimeoutError:
+        raise SandboxError(
+            f"the runtime did not start the sandbox within {START_TIMEOUT_S:.0f} s", hint="see --debug"
+        ) from None
+    finally:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 0)
+    if not data:
+        raise _runtime_error(starting)
+    for level, kind, value in ancillary:
+        if level == _socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
+            pid: int = _UCRED.unpack(value)[0]
+            if pid > 0:
+                return pid
+    raise SandboxError("the kernel does not say who the agent is", hint="is this a nested pid namespace?")
+
+
+def _runtime_error(starting: Starting) -> HostError:
+    status = starting.wait()
+    said = starting.words(600).replace("\n", "; ")
+    return HostError(
+        f"the runtime could not start the sandbox (exit status {status}): {said or 'it said nothing'}",
+        hint="'ringfence doctor' checks this host",
+    )
+
+
+def _child_of(pid: int) -> int:
+    """Return the one child of the agent: at the gate it has no other. Raises SandboxError."""
+    fd = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        children = os.read(fd, 4096).split()
+    finally:
+        os.close(fd)
+    if len(children) != 1:
+        raise SandboxError(f"the agent has {len(children)} children at the gate instead of one")
+    return int(children[0])

@@ -1,0 +1,215 @@
+"""Where sandboxes are recorded: one directory each under the run directory, and a lock that says whether it lives.
+
+The lock is a flock(2) on an open file description that the launcher and the agent share: the kernel drops it when
+the last of them is gone, whatever killed them. So "does it live?" needs no process id, and whoever gets the lock
+may clean up. On the way of every run: imports only `os` and `fcntl`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+
+from ringfence.errors import SandboxError, UsageError
+from ringfence.linux.paths import run_dir, state_dir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_NEW = ".new-"
+_LOCK = "lock"
+_RECORD = "record.json"
+_ENDED = "ended.json"
+_MOST_BYTES = 1 << 20
+
+
+class Entry:
+    """The directory of one sandbox, `lock_fd` >= 0 while this process holds its lock."""
+
+    __slots__ = ("directory", "id", "lock_fd")
+
+    def __init__(self, directory: str, lock_fd: int = -1) -> None:
+        """Name the directory; nothing is read."""
+        self.directory = directory
+        self.id = os.path.basename(directory)
+        self.lock_fd = lock_fd
+
+    def path(self, name: str) -> str:
+        """Return the path of file `name` of this sandbox."""
+        return f"{self.directory}/{name}"
+
+    def log_path(self) -> str:
+        """Return the path of the log of a detached sandbox; it is on disk, not in the run directory."""
+        return f"{logs_dir()}/{self.id}"
+
+    def write_record(self, record: Mapping[str, object]) -> None:
+        """Write what `ps` and `gc` need to know; raises OSError."""
+        _write(self.directory, _RECORD, record)
+
+    def record(self) -> dict[str, object]:
+        """Return the record, {} when there is none yet or it is damaged."""
+        return _read(self.path(_RECORD))
+
+    def write_ended(self, ended: Mapping[str, object]) -> None:
+        """Write what is known of the end of a detached sandbox."""
+        _write(self.directory, _ENDED, ended)
+
+    def ended(self) -> dict[str, object]:
+        """Return how it ended, {} while that is not known."""
+        return _read(self.path(_ENDED))
+
+    def try_lock(self) -> bool:
+        """Take the lock if nobody alive has it; then nothing of the sandbox can start any more."""
+        try:
+            fd = os.open(self.path(_LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return False
+        self.lock_fd = fd
+        return True
+
+    def unlock(self) -> None:
+        """Let go of our hold on the lock; an agent that shares it keeps it."""
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
+
+    def remove(self) -> None:
+        """Remove the directory and the log, in an order that leaves a crash something to finish."""
+        with_log = self.log_path()
+        if os.path.lexists(with_log):
+            os.unlink(with_log)
+        remove_tree(self.directory)
+
+
+def sandboxes_dir() -> str:
+    """Return the directory of all sandboxes, made if need be."""
+    return _made(f"{run_dir()}/sandboxes", 0o700)
+
+
+def staging_dir() -> str:
+    """Return the empty directory on which set-ups mount; users of sandboxes must be able to pass through it."""
+    return _made(f"{run_dir()}/staging", 0o711)
+
+
+def logs_dir() -> str:
+    """Return the directory of logs."""
+    return _made(f"{state_dir()}/logs", 0o700)
+
+
+def create() -> Entry:
+    """Make the directory of a new sandbox, locked. Raises SandboxError when the disk does not take it."""
+    home = sandboxes_dir()
+    sandbox_id = os.urandom(6).hex()
+    # Under another name until it is locked: whoever cleans up takes an unlocked one for dead.
+    new, final = f"{home}/{_NEW}{sandbox_id}", f"{home}/{sandbox_id}"
+    try:
+        os.mkdir(new, 0o700)
+        fd = os.open(f"{new}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.rename(new, final)
+    except OSError as error:
+        raise SandboxError(
+            f"cannot make {final}: {error.strerror}", hint="free some space there, or set RINGFENCE_RUN_DIR"
+        ) from error
+    return Entry(final, fd)
+
+
+def entries() -> Iterator[Entry]:
+    """Yield every sandbox that is recorded, in the order of their names."""
+    home = sandboxes_dir()
+    for name in sorted(os.listdir(home)):
+        if not name.startswith("."):
+            yield Entry(f"{home}/{name}")
+
+
+def unfinished() -> Iterator[str]:
+    """Yield directories that a launcher had no time to lock; only old ones are certainly nobody's."""
+    import time
+
+    home = sandboxes_dir()
+    for name in os.listdir(home):
+        path = f"{home}/{name}"
+        if name.startswith(_NEW) and time.time() - os.lstat(path).st_mtime > 10:
+            yield path
+
+
+def find(name: str) -> Entry:
+    """Return the sandbox whose id, beginning of an id, or name is `name`; raises UsageError otherwise."""
+    found = []
+    for entry in entries():
+        if entry.id == name or entry.record().get("name") == name:
+            return entry
+        if len(name) >= 4 and entry.id.startswith(name):
+            found.append(entry)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{name!r} is the beginning of {len(found)} ids", hint="give more of it")
+    raise UsageError(f"no sandbox {name!r}", hint="'ringfence ps --all' lists them")
+
+
+def name_taken(name: str) -> bool:
+    """Say whether a recorded sandbox has `name`."""
+    return any(entry.record().get("name") == name for entry in entries())
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory of ours without following links; what is already gone is fine."""
+    try:
+        with os.scandir(path) as found:
+            inside = list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for item in inside:
+        if item.is_dir(follow_symlinks=False):
+            remove_tree(item.path)
+        else:
+            os.unlink(item.path)
+    os.rmdir(path)
+
+
+def _made(path: str, mode: int) -> str:
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise SandboxError(
+            f"cannot make {path}: {error.strerror}",
+            hint="free some space there, or set RINGFENCE_RUN_DIR and RINGFENCE_STATE_DIR",
+        ) from error
+    return path
+
+
+def _write(directory: str, name: str, value: Mapping[str, object]) -> None:
+    temporary = f"{directory}/.{name}.{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        data = memoryview(json.dumps(value).encode())
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+    os.rename(temporary, f"{directory}/{name}")
+
+
+def _read(path: str) -> dict[str, object]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    try:
+        found = json.loads(os.read(fd, _MOST_BYTES))
+    except (OSError, ValueError):
+        return {}
+    finally:
+        os.close(fd)
+    return found if isinstance(found, dict) else {}
