@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import PolicyError
@@ -129,12 +129,14 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("abc:# ", min_size=1), JSON, min_size=1, max_size=4))
 def test_json_is_read_as_json(value: dict[str, object]) -> None:
     """The same reader serves JSON files: what json writes is what is read."""
     assert plain(parse(json.dumps(value).encode(), "f")) == value
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text("ab:[]{}-&*!|>'\"\n \t#%?,", max_size=80).map(str.encode))
 def test_random_bytes_raise_only_policy_errors(data: bytes) -> None:
     """No input makes the reader fail in any other way."""

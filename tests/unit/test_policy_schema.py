@@ -40,7 +40,7 @@ def test_presets_fit(name: str) -> None:
     VALIDATOR.validate(plain(parse(preset_text(name), name)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(POLICIES)
 def test_dumped_policies_fit(policy: Policy) -> None:
     """Whatever `policy show` prints fits the schema."""

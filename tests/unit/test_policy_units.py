@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import PolicyError
@@ -148,6 +148,7 @@ def test_wrong_cpus(text: object) -> None:
         units.parse_cpus(text)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1))
 def test_size_round_trip(size: int) -> None:
     """The text of a size is read back exactly, and is no longer than the bytes written out."""
@@ -157,6 +158,7 @@ def test_size_round_trip(size: int) -> None:
     assert re.fullmatch(units.SIZE_PATTERN, text)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**63 - 1))
 def test_rate_round_trip(rate: int) -> None:
     """The text of a rate is read back exactly and fits the schema's pattern."""
@@ -164,6 +166,7 @@ def test_rate_round_trip(rate: int) -> None:
     assert re.fullmatch(units.RATE_PATTERN, units.format_rate(rate))
 
 
+@settings(deadline=None)
 @given(st.integers(1, units.MAX_DURATION_MS))
 def test_duration_round_trip(milliseconds: int) -> None:
     """Every duration of whole milliseconds survives."""
@@ -172,6 +175,7 @@ def test_duration_round_trip(milliseconds: int) -> None:
     assert re.fullmatch(units.DURATION_PATTERN, text)
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, units.MAX_CPUS))
 def test_cpus_are_cut_once(cpus: float) -> None:
     """Cutting to thousandths never adds CPU time, and does nothing the second time."""
@@ -180,6 +184,7 @@ def test_cpus_are_cut_once(cpus: float) -> None:
     assert units.parse_cpus(cut) == cut == units.parse_cpus(units.format_cpus(cut))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20) | st.integers() | st.floats() | st.none() | st.booleans())
 def test_parsers_raise_only_policy_errors(value: object) -> None:
     """Whatever the value, it is a number in range or a PolicyError."""

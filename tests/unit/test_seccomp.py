@@ -1,7 +1,9 @@
 """The two profiles of our own: what they promise, compared with moby's and with the kernel's own names."""
 
 import json
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 from docker_profile import docker_default, facts
@@ -141,6 +143,17 @@ def test_strict_is_part_of_default():
     """Strict allows nothing that default does not, whatever the arguments."""
     everything = calls.names(calls.ALLOWED + calls.CONDITIONAL)
     assert calls.names(calls.STRICT) < everything
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_strict_lets_the_agent_work(arch):
+    """Every call that agent/PROTOCOL.md lists is allowed, by the names of each architecture."""
+    text = (Path(__file__).parents[2] / "agent" / "PROTOCOL.md").read_text()
+    section = text.split("## System calls", 1)[1].split("--userns", 1)[0]
+    words = set(re.findall(r"\b[a-z][a-z0-9_]+\b", section)) & syscalls.all_names(arch).keys()
+    assert words > {"read", "kill", "accept4", "execve"}
+    strict = plan("strict", arch).oci
+    assert {call for call in words if decide(strict, call) != ALLOWED} == set()
 
 
 def test_the_counts_are_those_of_the_documentation():

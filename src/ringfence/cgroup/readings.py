@@ -8,11 +8,22 @@ from ringfence.cgroup import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypedDict
+
     from ringfence.cgroup.layout import Layout
 
     Value = int | str | dict[str, dict[str, int]] | None
     Observed = dict[str, tuple[Value, str]]
-    Usage = dict[str, float | int | None]
+
+    class Usage(TypedDict):
+        """What a group has used so far; None where this host does not count it."""
+
+        cpu_s: float | None
+        memory_peak_bytes: int | None
+        io_read_bytes: int | None
+        io_write_bytes: int | None
+        pids_peak: int | None
+
 
 # cgroup v1 shows "no limit" as the largest multiple of the page size in 63 bits; pages are 4 to 64 KiB.
 _V1_UNLIMITED = (1 << 63) - (1 << 16)

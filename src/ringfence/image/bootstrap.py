@@ -2,9 +2,9 @@
 
 mmdebstrap writes a tar stream; base.py decides what of it stays. Whoever builds, root owns all of it inside.
 
-mmdebstrap mounts parts of the host, /dev/shm among them, into its chroot, and leaves all that behind when it is
-killed. So it runs in mount and PID namespaces that end with us, however we end, and its chroot lies on a tmpfs in
-them: no process, no mount and no file of it can be left, and a directory removed later leads nowhere into the host.
+mmdebstrap mounts parts of the host, /dev/shm among them, into its chroot, and leaves all that behind when it
+is killed. So it runs in mount and PID namespaces that end with us, however we end, and its chroot lies on a
+tmpfs in them: no process, mount or file of it is left, and no directory of ours ever leads into the host.
 """
 
 import os
@@ -82,7 +82,8 @@ def _build(building: str, suite: str, lock: int, say: "Callable[[str], None]") -
     root = os.path.join(image, "rootfs")
     store.make_directory(image)
     say(f"bootstrapping Debian {suite}: half a minute or so")
-    digest, size_bytes = _unpack(_mmdebstrap(suite, lock), sources(suite), root, say)
+    lines = sources(suite)
+    digest, size_bytes = _unpack(_mmdebstrap(suite, lock, listed=bool(lines)), lines, root, say)
     made = store.Manifest(
         name="base",
         digest=digest,
@@ -98,17 +99,20 @@ def _build(building: str, suite: str, lock: int, say: "Callable[[str], None]") -
     return made
 
 
-def _mmdebstrap(suite: str, lock: int) -> "subprocess.Popen[bytes]":
-    """Start mmdebstrap; it reads its sources from standard input and writes a tar to standard output."""
-    for program in ("mmdebstrap", "setpriv", "unshare", "dpkg-query"):
+def _mmdebstrap(suite: str, lock: int, *, listed: bool) -> "subprocess.Popen[bytes]":
+    """Start mmdebstrap, which writes a tar to standard output.
+
+    With `listed` it reads its sources from standard input, where no other user sees them; else it has own ones.
+    """
+    for program in ("mmdebstrap", "mount", "setpriv", "unshare", "dpkg-query"):
         if shutil.which(program) is None:
-            raise ImageError(f"{program} is not installed", hint="apt-get install mmdebstrap util-linux dpkg")
+            raise ImageError(f"{program} is not installed", hint="apt-get install mmdebstrap mount util-linux dpkg")
     mapped = [] if os.geteuid() == 0 else ["--map-root-user", "--map-auto"]
     command = ["setpriv", "--pdeathsig=KILL", "unshare", *mapped, *_NAMESPACES, "sh", "-c", _ON_TMPFS, "sh"]
     command += ["mmdebstrap", "--mode=root", "--variant=essential", "--format=tar"]
     command += [f"--include={','.join(PACKAGES)}"]
     command += [f"--hook-dir={_MERGED_USR_HOOK}"] if os.path.isdir(_MERGED_USR_HOOK) else []
-    command += [suite, "-", "-"] if sources(suite) else [suite, "-"]
+    command += [suite, "-", "-"] if listed else [suite, "-"]
     passed_on = {
         name: os.environ[name] for name in os.environ if name.lower().endswith("_proxy") or name == "HOME"
     }

@@ -133,7 +133,9 @@ def _block_io(throttles: dict[str, int], host: Host) -> BlockIo:
     }
 
 
-def cgroup_controls(limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> list[Control]:
+def cgroup_controls(
+    limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]
+) -> list[Control]:
     """Return what the cgroup files must say for `resources` of the same arguments."""
     asked = resources(limits, host, writes_to_disk=writes_to_disk, skip=skip)
     memory, cpu = asked["memory"], asked["cpu"]

@@ -40,7 +40,7 @@ def make_plan(
     unenforced = _refuse(policy, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
-    _ready(policy, host, skip)
+    _ready(host, skip)
     seccomp = seccomp_for(
         policy.seccomp,
         arch=host.arch,
@@ -67,7 +67,7 @@ def make_plan(
         *config_controls(policy, oci, host),
         *rlimit_controls(policy.limits),
         *(cgroup_controls(policy.limits, host, writes_to_disk=disk, skip=skip) if limited else ()),
-        *stage_controls(policy, ops),
+        *stage_controls(ops),
     ]
     plan: Plan = {
         "format": FORMAT,
@@ -121,9 +121,7 @@ def choose_tier(policy: Policy) -> Tier:
     return wanted
 
 
-def _refuse(
-    policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[str]
-) -> list[Enforcement]:
+def _refuse(policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[str]) -> list[Enforcement]:
     """Return the unenforced fields that the user let pass; raise for all others."""
     missing = refusals(policy, tier, host)
     refused = [cell for cell in missing if cell.field not in allow_unenforced]
@@ -154,7 +152,7 @@ def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
     )
 
 
-def _ready(policy: Policy, host: Host, skip: frozenset[str]) -> None:
+def _ready(host: Host, skip: frozenset[str]) -> None:
     if not host.overlayfs:
         raise HostError("the kernel has no overlayfs", hint="modprobe overlay")
     if not host.rootless and not host.idmapped_mounts:
@@ -164,7 +162,6 @@ def _ready(policy: Policy, host: Host, skip: frozenset[str]) -> None:
         )
     if "user" in skip and not host.rootless:
         raise HostError("without user namespaces nothing here can run as root", hint="enable them")
-    del policy
 
 
 def _range_size(host: Host, skip: frozenset[str]) -> int:

@@ -57,10 +57,10 @@ def _skeleton(policy: Policy, workload: Workload) -> list[Op]:
     files = workload.host_files
     if files is not None:
         ops += [_directory(_SKELETON, path) for path in files.binds]
-        ops += [{"op": "symlink", "at": _SKELETON + path, "target": target} for path, target in files.symlinks]
         ops += [
-            {"op": "host-file", "at": _SKELETON + path, "source": source} for path, source in files.files
+            {"op": "symlink", "at": _SKELETON + path, "target": target} for path, target in files.symlinks
         ]
+        ops += [{"op": "host-file", "at": _SKELETON + path, "source": source} for path, source in files.files]
         ops += [
             {"op": "file", "at": _SKELETON + path, "text": text, "mode": 0o644}
             for path, text in _accounts().items()
@@ -199,7 +199,7 @@ def _under_tmpfs(target: str) -> bool:
     return target.startswith(("/tmp/", WORK + "/"))  # noqa: S108
 
 
-def stage_controls(policy: Policy, ops: list[Op]) -> list[Control]:
+def stage_controls(ops: list[Op]) -> list[Control]:
     """Return what the sandbox's mountinfo must show of `ops`."""
     found: list[Control] = []
     for op in ops:

@@ -59,7 +59,7 @@ def target(value: object) -> str:
     path = _absolute(value, "/data")
     if path == "/":
         raise PolicyError("a mount cannot cover /", hint="choose an image or --rootfs for the root")
-    if path == "/tmp":  # noqa: S108 - the path inside the sandbox; nothing is created
+    if path == "/tmp":
         raise PolicyError("a mount cannot cover /tmp", hint="filesystem.tmp makes it; choose a path below it")
     for kernel in _KERNEL:
         if path == kernel or path.startswith(f"{kernel}/"):

@@ -58,7 +58,9 @@ class Subject:
 
     __slots__ = ("base", "cgroup", "pid", "rules", "size")
 
-    def __init__(self, *, pid: int, base: int, size: int, cgroup: Cgroup | None, rules: tuple[str, ...]) -> None:
+    def __init__(
+        self, *, pid: int, base: int, size: int, cgroup: Cgroup | None, rules: tuple[str, ...]
+    ) -> None:
         """Name the process."""
         self.pid = pid
         self.base = base
@@ -139,7 +141,9 @@ def _capabilities(mask: int) -> list[str]:
     from ringfence.linux.capabilities import NAMES
 
     return sorted(
-        NAMES[bit] if bit < len(NAMES) else f"CAP_{bit}" for bit in range(mask.bit_length()) if mask >> bit & 1
+        NAMES[bit] if bit < len(NAMES) else f"CAP_{bit}"
+        for bit in range(mask.bit_length())
+        if mask >> bit & 1
     )
 
 
@@ -209,7 +213,7 @@ def _allowed_devices(text: str) -> Iterable[str]:
     """Yield the lines of a v1 devices.list that allow more than the harmless devices, or making nodes."""
     for line in text.splitlines():
         kind, number, access = line.split()
-        if access == "m" or kind != "a" and (number in _HARMLESS or number.startswith(_PTY_MAJORS)):
+        if access == "m" or (kind != "a" and (number in _HARMLESS or number.startswith(_PTY_MAJORS))):
             continue  # a node may be made, which needs CAP_MKNOD, but not opened
         yield line
 
@@ -221,7 +225,9 @@ def _is_member(subject: Subject, group: Cgroup) -> bool:
         _, controllers, path = line.split(":", 2)
         found.update(dict.fromkeys(controllers.split(","), path))
     layout = group.layout
-    needed = [""] if layout.version == "v2" else [name for name in layout.controllers if name in layout.mounts]
+    needed = (
+        [""] if layout.version == "v2" else [name for name in layout.controllers if name in layout.mounts]
+    )
     return bool(needed) and all(found.get(name) == group.path for name in needed)
 
 

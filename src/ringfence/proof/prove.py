@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     from ringfence.plan.document import Control, Plan, Value, Vantage
-    from ringfence.proof.observe import Seen
+    from ringfence.proof.observe import Mount, Seen
     from ringfence.runtime.base import Instance
 
     class Line(TypedDict):
@@ -59,7 +59,7 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
     """
     seen = observe(subject)
     seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
-    seen |= _mounts(plan, subject, seen)
+    seen |= _mounts(plan, subject)
     lines = [_line(control, _asked(control, instance, subject), seen) for control in plan["controls"]]
     if plan["rootless"]:
         lines = [_from_agent(line, reported_descriptors) for line in lines]
@@ -127,7 +127,7 @@ def _line(control: Control, asked: Value, seen: Seen) -> Line:
     }
 
 
-def _mounts(plan: Plan, subject: Subject, seen: Seen) -> Seen:
+def _mounts(plan: Plan, subject: Subject) -> Seen:
     """Judge the mounts that are there because a path is masked, read-only or a device, and find all others."""
     try:
         found = {mount.target: mount for mount in mounts(subject.pid)}
@@ -137,7 +137,9 @@ def _mounts(plan: Plan, subject: Subject, seen: Seen) -> Seen:
     linux = plan["oci"]["linux"]
     # The same kernel: a path that the host's /proc lacks is not in the sandbox's either.
     masked = [
-        path for path in linux["maskedPaths"] if (path in found and _covers(path, found)) or not os.path.lexists(path)
+        path
+        for path in linux["maskedPaths"]
+        if (path in found and _covers(found[path])) or not os.path.lexists(path)
     ]
     read_only = [
         path
@@ -149,7 +151,11 @@ def _mounts(plan: Plan, subject: Subject, seen: Seen) -> Seen:
         for target, mount in found.items()
         if target.startswith("/dev/") and mount.kind == "devtmpfs"
     )
-    asked = {control["name"].removeprefix("mount:") for control in plan["controls"] if control["name"][:6] == "mount:"}
+    asked = {
+        control["name"].removeprefix("mount:")
+        for control in plan["controls"]
+        if control["name"][:6] == "mount:"
+    }
     explained = asked.union(linux["maskedPaths"], linux["readonlyPaths"], (f"/dev/{node}" for node in nodes))
     return {
         "paths.masked": (masked, source),
@@ -159,10 +165,8 @@ def _mounts(plan: Plan, subject: Subject, seen: Seen) -> Seen:
     }
 
 
-def _covers(path: str, found: dict[str, object]) -> bool:
-    mount = found[path]
-    kind, root = getattr(mount, "kind", ""), getattr(mount, "root", "")
-    return kind == "tmpfs" or (kind == "devtmpfs" and root == "/null")
+def _covers(mount: Mount) -> bool:
+    return mount.kind == "tmpfs" or (mount.kind == "devtmpfs" and mount.root == "/null")
 
 
 def _from_agent(line: Line, descriptors: int) -> Line:
@@ -170,7 +174,13 @@ def _from_agent(line: Line, descriptors: int) -> Line:
         return line
     if line["control"] == "descriptors":
         value: Value = [str(number) for number in range(descriptors)]
-        return {**line, "observed": value, "vantage": "reported", "source": "agent", "ok": value == line["asked"]}
+        return {
+            **line,
+            "observed": value,
+            "vantage": "reported",
+            "source": "agent",
+            "ok": value == line["asked"],
+        }
     return {**line, "ok": None}
 
 

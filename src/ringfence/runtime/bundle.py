@@ -16,7 +16,9 @@ def instantiate(plan: Plan, instance: Instance, *, root: str, userns: str) -> Oc
     """
     oci = plan["oci"]
     linux = oci["linux"]
-    namespaces = [{**space, "path": userns} if space["type"] == "user" else space for space in linux["namespaces"]]
+    namespaces = [
+        {**space, "path": userns} if space["type"] == "user" else space for space in linux["namespaces"]
+    ]
     return {
         **oci,
         "root": {**oci["root"], "path": root},
@@ -24,8 +26,8 @@ def instantiate(plan: Plan, instance: Instance, *, root: str, userns: str) -> Oc
         "linux": {
             **linux,
             "namespaces": namespaces,  # type: ignore[typeddict-item]
-            "uidMappings": [{**mapping, "hostID": instance.base} for mapping in linux["uidMappings"]],  # type: ignore[typeddict-item]
-            "gidMappings": [{**mapping, "hostID": instance.base} for mapping in linux["gidMappings"]],  # type: ignore[typeddict-item]
+            "uidMappings": [{**mapping, "hostID": instance.base} for mapping in linux["uidMappings"]],
+            "gidMappings": [{**mapping, "hostID": instance.base} for mapping in linux["gidMappings"]],
             "cgroupsPath": instance.cgroup_path,
         },
     }

@@ -57,9 +57,7 @@ def _set_up(
     libc.make_private("/")
     stager.run(plan["stage"])
     # Our own /proc entry and not "self": runc opens the path in a helper that has other descriptors.
-    write_config(
-        plan, instance, root=f"{instance.staging}/root", userns=f"/proc/{os.getpid()}/fd/{userns}"
-    )
+    write_config(plan, instance, root=f"{instance.staging}/root", userns=f"/proc/{os.getpid()}/fd/{userns}")
     return spawn(command(plan, instance, preserve=len(descriptors)), instance, descriptors)
 
 
@@ -101,18 +99,18 @@ def spawn(argv: list[str], instance: Instance, descriptors: tuple[int, ...]) -> 
     log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in descriptors]
     actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, log, log_flags, 0o600),
-        (os.POSIX_SPAWN_DUP2, 1, 2),
+        # The log for 0 as well: crun gives its standard streams to the job's user, and the host's /dev/null would
+        # be his from then on. https://github.com/containers/crun/blob/1.8.1/src/libcrun/container.c
+        (os.POSIX_SPAWN_OPEN, 0, log, log_flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 0, 1),
+        (os.POSIX_SPAWN_DUP2, 0, 2),
         *((os.POSIX_SPAWN_DUP2, fd, _FIRST + place) for place, fd in enumerate(high)),
     ]
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": instance.directory}
     try:
         return Starting(os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True), log)
     except OSError as error:
-        raise HostError(
-            f"cannot start {argv[0]}: {error.strerror}", hint="see 'ringfence doctor'"
-        ) from error
+        raise HostError(f"cannot start {argv[0]}: {error.strerror}", hint="see 'ringfence doctor'") from error
     finally:
         for fd in high:
             os.close(fd)

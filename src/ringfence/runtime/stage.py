@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ringfence.plan.document import Bind, Op, Overlay, Owner
 
 _MOST_BYTES = 1 << 20
-_KINDS = {"directory": stat.S_ISDIR, "file": stat.S_ISREG, "device": lambda _: False}
+_KINDS = {"directory": stat.S_IFDIR, "file": stat.S_IFREG}
 
 
 class Ids:
@@ -124,8 +124,10 @@ class Stager:
         source = _open_plain(op["source"])
         try:
             found = os.fstat(source)
-            if not _KINDS[op["kind"]](found.st_mode):
-                raise MountError(f"mount source {op['source']!r} is no longer a {op['kind']}", hint="run again")
+            if stat.S_IFMT(found.st_mode) != _KINDS.get(op["kind"]):
+                raise MountError(
+                    f"mount source {op['source']!r} is no longer a {op['kind']}", hint="run again"
+                )
             tree = libc.clone_tree(source, "")
             try:
                 self._attributes(tree, op, found)

@@ -53,7 +53,9 @@ class CommandError(Exception):
         hint = _command_hint(stage, number, command)
         reason = f"{os.strerror(number)}{hint}"
         super().__init__(
-            f"{command!r}: {reason}" if stage == protocol.STAGE_EXEC else f"{_STAGES.get(stage, stage)}: {reason}"
+            f"{command!r}: {reason}"
+            if stage == protocol.STAGE_EXEC
+            else f"{_STAGES.get(stage, stage)}: {reason}"
         )
 
 
@@ -160,7 +162,9 @@ def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remov
     """
     reap.sweep()
     if name and store.name_taken(name):
-        raise SandboxError(f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name")
+        raise SandboxError(
+            f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name"
+        )
     entry = store.create()
     base = 0
     try:
@@ -256,9 +260,7 @@ def prove_held(running: Running, reported_descriptors: int) -> Proof:
         cgroup=running.cgroup,
         rules=(),
     )
-    running.proof = prove(
-        running.plan, running.instance, subject, reported_descriptors=reported_descriptors
-    )
+    running.proof = prove(running.plan, running.instance, subject, reported_descriptors=reported_descriptors)
     if not running.proof["holds"]:
         found = failures(running.proof)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

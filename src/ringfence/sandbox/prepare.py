@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ringfence.image.model import Image
     from ringfence.plan.document import Plan
+    from ringfence.plan.workload import HostFiles
     from ringfence.policy.model import Policy
 
 _MOST_PLANS = 512
@@ -30,16 +31,28 @@ _ROOMS = ("cgroup", "host", "image", "plan", "policy", "policy/presets")
 class Request:
     """What to run it under. `policy` is a preset or an absolute path; paths in `overrides` are absolute.
 
-    `overrides` are policy fields by dotted YAML key; `runtime` "" is the first that works here.
+    `overrides` are policy fields by dotted YAML key, `additions` are appended to the policy's own lists and
+    `sysctls` to its mapping; `runtime` "" is the first that works here.
     """
 
-    __slots__ = ("allow_unenforced", "image", "overrides", "policy", "rootfs", "runtime")
+    __slots__ = (
+        "additions",
+        "allow_unenforced",
+        "image",
+        "overrides",
+        "policy",
+        "rootfs",
+        "runtime",
+        "sysctls",
+    )
 
     def __init__(
         self,
         *,
         policy: str = "untrusted",
         overrides: Mapping[str, object] | None = None,
+        additions: Mapping[str, list[object]] | None = None,
+        sysctls: Mapping[str, str] | None = None,
         image: str | None = None,
         rootfs: str | None = None,
         runtime: str = "",
@@ -49,6 +62,8 @@ class Request:
         is_path = "/" in policy or policy.endswith((".yaml", ".yml", ".json"))
         self.policy = os.path.abspath(policy) if is_path else policy
         self.overrides = dict(overrides or {})
+        self.additions = dict(additions or {})
+        self.sysctls = dict(sysctls or {})
         self.image = image
         self.rootfs = rootfs
         self.runtime = runtime
@@ -75,7 +90,16 @@ def policy_for(request: Request) -> Policy:
     from ringfence.policy.load import load, override
 
     policy = load(request.policy)
-    return override(policy, request.overrides) if request.overrides else policy
+    fields = dict(request.overrides)
+    if request.additions or request.sysctls:
+        from ringfence.policy.dump import plain_value
+
+        for key, more in request.additions.items():
+            have = fields.get(key, plain_value(policy, key))
+            fields[key] = [*(have if isinstance(have, list) else ()), *more]
+        if request.sysctls:
+            fields["sysctls"] = policy.sysctls | request.sysctls
+    return override(policy, fields) if fields else policy
 
 
 def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
@@ -126,12 +150,19 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
     return plan, {path: _look(path) for path in depends}
 
 
-def _host_files() -> object:
+def _host_files() -> HostFiles:
     from ringfence.image.host import host_view
     from ringfence.plan.workload import HostFiles
 
     view = host_view()
-    generated = ("/etc/passwd", "/etc/group", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/nsswitch.conf")
+    generated = (
+        "/etc/passwd",
+        "/etc/group",
+        "/etc/hosts",
+        "/etc/hostname",
+        "/etc/resolv.conf",
+        "/etc/nsswitch.conf",
+    )
     return HostFiles(
         binds=view.binds,
         symlinks=view.symlinks,
@@ -165,6 +196,8 @@ def _key(request: Request, image: Image) -> str:
         image.rootfs,
         request.policy,
         request.overrides,
+        request.additions,
+        request.sysctls,
         request.runtime,
         request.allow_unenforced,
     ]

@@ -14,9 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ringfence.plan.document import Plan
     from ringfence.sandbox.launch import Running
-    from ringfence.sandbox.streams import Ending
+    from ringfence.sandbox.streams import Ending, Sink
 
     Text = str | bytes
 
@@ -102,7 +101,6 @@ def start_job(
     *,
     flags: int = 0,
     window: tuple[int, int] = (0, 0),
-    on_proof: object = None,
 ) -> None:
     """Hand the job to the agent, take the proof while it is held, and let it go."""
     plan = running.plan
@@ -144,7 +142,7 @@ def finish(
     running.wait_gone()
     wall_s = time.monotonic() - running.started_s
     group = running.cgroup
-    counted = group.usage() if group is not None else {}
+    counted = group.usage() if group is not None else None
     oom_killed = group is not None and group.oom_kills() > 0
     code, signal, flags = ending.exited or (KILLED + 9, 9, 0)
     timed_out = ending.timed_out or bool(flags & protocol.TIMED_OUT)
@@ -161,10 +159,10 @@ def finish(
         output_truncated=budget.dropped_bytes > 0,
         usage=Usage(
             wall_s=wall_s,
-            cpu_s=counted.get("cpu_s"),
-            memory_peak_bytes=counted.get("memory_peak_bytes"),
-            io_read_bytes=counted.get("io_read_bytes"),
-            io_write_bytes=counted.get("io_write_bytes"),
+            cpu_s=counted and counted["cpu_s"],
+            memory_peak_bytes=counted and counted["memory_peak_bytes"],
+            io_read_bytes=counted and counted["io_read_bytes"],
+            io_write_bytes=counted and counted["io_write_bytes"],
         ),
         proof=running.proof,
     )
@@ -201,7 +199,7 @@ class Pipes:
         fd, self._input = self._input, -1
         return fd
 
-    def take_outputs(self, out: object, err: object) -> dict[int, object]:
+    def take_outputs(self, out: Sink, err: Sink) -> dict[int, Sink]:
         """Return {descriptor: sink}; the caller owns the descriptors now."""
         fds, self._outputs = self._outputs, []
         return dict(zip(fds, (out, err), strict=True))

@@ -110,14 +110,15 @@ Sink = Collect | Forward
 class Source:
     """Where the job's input comes from: bytes, then perhaps a descriptor `fd` of ours."""
 
-    __slots__ = ("fd", "pending", "to_fd")
+    __slots__ = ("end", "fd", "pending", "to_fd")
 
-    def __init__(self, to_fd: int, *, data: bytes = b"", fd: int = -1) -> None:
-        """Feed `to_fd`, which this object owns and makes non-blocking."""
+    def __init__(self, to_fd: int, *, data: bytes = b"", fd: int = -1, end: bytes = b"") -> None:
+        """Feed `to_fd`, which this object owns and makes non-blocking; `end` goes last (a terminal's Ctrl-D)."""
         os.set_blocking(to_fd, False)
         self.to_fd = to_fd
         self.pending = data
         self.fd = fd
+        self.end = end
 
     def read(self) -> None:
         """Take more from `fd`, after poll(2) said that there is some."""
@@ -127,6 +128,7 @@ class Source:
             self.pending = b""
         if not self.pending:
             self.fd = -1
+            self.pending, self.end = self.end, b""
 
     def write(self) -> None:
         """Give the job some of what is pending."""

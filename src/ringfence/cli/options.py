@@ -1,0 +1,231 @@
+"""The options of `run` and `plan`, spelled as docker spells them where docker has them, and what they mean.
+
+Each becomes a policy field; whatever has no option of its own is reached with ``--set FIELD=VALUE``.
+"""
+
+import argparse
+import os
+
+from ringfence.errors import UsageError
+from ringfence.sandbox.prepare import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TIERS = ("auto", "linux", "gvisor", "microvm")
+_ULIMITS = {
+    "nofile": "limits.open_files",
+    "nproc": "limits.threads",
+    "stack": "limits.stack",
+    "fsize": "limits.file_size",
+}
+
+
+def split(argv: "Sequence[str]") -> tuple[list[str], list[str] | None]:
+    """Return (our words, the command after ``--``); docker's -it means --interactive --tty."""
+    ours = list(argv)
+    command = None
+    if "--" in ours:
+        place = ours.index("--")
+        ours, command = ours[:place], ours[place + 1 :]
+    spread = {"-it": ["--interactive", "--tty"], "-ti": ["--interactive", "--tty"]}
+    return [part for word in ours for part in spread.get(word, [word])], command
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """Add everything that says under what a command runs."""
+    what = parser.add_argument_group("what to run under")
+    what.add_argument("-i", "--isolation", choices=_TIERS, help="tier (docker's -i is --interactive here)")
+    what.add_argument("--policy", default="untrusted", metavar="FILE|PRESET", help="default: untrusted")
+    what.add_argument("--image", metavar="REF", help="base (default) or host")
+    what.add_argument("--rootfs", metavar="DIR", help="use this directory as the image")
+    what.add_argument("--runtime", choices=("crun", "runc"), help="default: the first that works here")
+    what.add_argument(
+        "--allow-unenforced",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="run although this field of the policy cannot be enforced here; the proof says so",
+    )
+    fields = parser.add_argument_group("single fields of the policy")
+    add = fields.add_argument
+    add("-m", "--memory", metavar="SIZE", help="limits.memory, e.g. 512m")
+    add("--cpus", metavar="N", help="limits.cpus, e.g. 1.5")
+    add("--cpuset-cpus", metavar="LIST", help="limits.cpuset, e.g. 0-1")
+    add("--pids-limit", metavar="N", help="limits.pids (and limits.threads)")
+    add("--shm-size", metavar="SIZE", help="limits.shm")
+    add("--timeout", metavar="TIME", help="limits.time, e.g. 30s")
+    add("--read-only", nargs="?", const="true", metavar="true|false", help="filesystem.root")
+    add("--tmpfs", metavar="/tmp:size=SIZE", help="filesystem.tmp")
+    add(
+        "-v",
+        "--volume",
+        action="append",
+        default=[],
+        metavar="SRC:DST[:rw]",
+        help="mount, read-only unless :rw",
+    )
+    add("-u", "--user", metavar="UID[:GID]", help="user inside the sandbox")
+    add("--cap-add", action="append", default=[], metavar="CAP", help="give a capability")
+    add("--network", metavar="MODE", help="network.mode: none")
+    add("-p", "--publish", action="append", default=[], metavar="PORTS", help="network.publish")
+    add("--ulimit", action="append", default=[], metavar="NAME=N", help="nofile, nproc, stack, fsize")
+    add("--sysctl", action="append", default=[], metavar="NAME=VALUE", help="kernel parameter of its own")
+    add("--device", action="append", default=[], metavar="DEV[:rwm]", help="device node")
+    add("--security-opt", action="append", default=[], metavar="OPT", help="seccomp=..., no-new-privileges")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. limits.disk=1GiB")
+
+
+def request(args: argparse.Namespace) -> Request:
+    """Return the request that parsed options make. Raises UsageError."""
+    fields: dict[str, object] = {}
+    simple = {
+        "isolation": args.isolation,
+        "limits.memory": args.memory,
+        "limits.cpus": args.cpus,
+        "limits.cpuset": args.cpuset_cpus,
+        "limits.shm": args.shm_size,
+        "limits.time": args.timeout,
+        "user": args.user,
+        "network.mode": args.network,
+    }
+    fields.update((key, value) for key, value in simple.items() if value is not None)
+    if args.pids_limit is not None:
+        fields["limits.pids"] = fields["limits.threads"] = _number("--pids-limit", args.pids_limit)
+    if args.read_only is not None:
+        fields["filesystem.root"] = "read-only" if _truth("--read-only", args.read_only) else "writable"
+    if args.tmpfs is not None:
+        fields["filesystem.tmp"] = _tmpfs(args.tmpfs)
+    for item in args.ulimit:
+        fields.update([_ulimit(item)])
+    for item in args.security_opt:
+        fields.update([_security(item)])
+    for item in args.set:
+        name, value = _pair("--set", item, "FIELD=VALUE")
+        fields[name] = _yaml(name, value)
+    additions: dict[str, list[object]] = {
+        "capabilities": list(args.cap_add),
+        "filesystem.mounts": [_volume(item) for item in args.volume],
+        "network.publish": list(args.publish),
+        "devices": list(args.device),
+    }
+    sysctls = dict(_pair("--sysctl", item, "NAME=VALUE") for item in args.sysctl)
+    if args.publish and args.network is None:
+        fields["network.mode"] = "ports"
+    return Request(
+        policy=args.policy,
+        overrides=fields,
+        additions={key: value for key, value in additions.items() if value},
+        sysctls=sysctls,
+        image=args.image,
+        rootfs=args.rootfs,
+        runtime=args.runtime or "",
+        allow_unenforced=tuple(args.allow_unenforced),
+    )
+
+
+def environment(items: "Sequence[str]") -> list[str]:
+    """Return "NAME=value" items; a bare NAME takes the caller's value, the only way for one to get in."""
+    found = []
+    for item in items:
+        name, given, _ = item.partition("=")
+        if not name:
+            raise UsageError(f"--env {item!r} has no name", hint="write NAME=VALUE, or NAME")
+        if given:
+            found.append(item)
+        elif name in os.environ:
+            found.append(f"{name}={os.environ[name]}")
+        else:
+            raise UsageError(f"--env {name}: not set here", hint=f"write {name}=VALUE")
+    return found
+
+
+def _volume(item: str) -> dict[str, object]:
+    head, _, mode = item.rpartition(":")
+    if mode not in ("ro", "rw"):
+        head, mode = item, "ro"
+    source, found, target = head.rpartition(":")
+    if not found or not source or not target.startswith("/"):
+        raise UsageError(
+            f"--volume {item!r} is not SOURCE:/TARGET[:rw]",
+            hint="a path with a colon can be written in a policy file, under filesystem.mounts",
+        )
+    return {"source": os.path.abspath(source), "target": target, "mode": mode}
+
+
+def _tmpfs(item: str) -> str:
+    target, _, options = item.partition(":")
+    size = dict(option.partition("=")[::2] for option in options.split(",")).get("size")
+    if target != "/tmp" or not size:  # noqa: S108
+        raise UsageError(
+            f"--tmpfs {item!r}: a sandbox has two writable directories, /tmp and /work",
+            hint="size them with --tmpfs /tmp:size=64m and --set limits.disk=128MiB",
+        )
+    return size
+
+
+def _ulimit(item: str) -> tuple[str, object]:
+    name, value = _pair("--ulimit", item, "NAME=N")
+    soft, _, hard = value.partition(":")
+    if hard and hard != soft:
+        raise UsageError(
+            f"--ulimit {item!r}: soft and hard limit are always the same here", hint=f"{name}={hard}"
+        )
+    if name not in _ULIMITS:
+        raise UsageError(f"--ulimit {name!r} is not known", hint=f"one of: {', '.join(_ULIMITS)}")
+    return _ULIMITS[name], _number(f"--ulimit {name}", soft)
+
+
+def _security(item: str) -> tuple[str, object]:
+    name, _, value = item.replace(":", "=", 1).partition("=")
+    if name == "no-new-privileges":
+        return "no_new_privileges", _truth("--security-opt no-new-privileges", value or "true")
+    if name == "seccomp":
+        if value == "unconfined":
+            raise UsageError(
+                "no sandbox runs without seccomp", hint="seccomp=FILE takes a profile of your own"
+            )
+        return "seccomp", os.path.abspath(value) if "/" in value or value.endswith(".json") else value
+    if name == "apparmor" and value in ("unconfined", "ringfence-default"):
+        return "lsm", "none" if value == "unconfined" else "required"
+    raise UsageError(
+        f"--security-opt {item!r} is not known", hint="seccomp=..., no-new-privileges, apparmor=..."
+    )
+
+
+def _yaml(name: str, text: str) -> object:
+    """Read what stands after ``--set FIELD=`` as a policy file would."""
+    from ringfence.policy.document import scalar
+
+    value = scalar(text)
+    if text.startswith(("[", "{")):
+        import json
+
+        try:
+            found: object = json.loads(text)
+            return found
+        except ValueError as error:
+            raise UsageError(
+                f"--set {name}: {error}", hint="lists and mappings are written as JSON"
+            ) from error
+    return value
+
+
+def _pair(option: str, item: str, form: str) -> tuple[str, str]:
+    name, found, value = item.partition("=")
+    if not found or not name:
+        raise UsageError(f"{option} {item!r} is not {form}")
+    return name, value
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdigit():
+        raise UsageError(f"{option} {text!r} is not a whole number")
+    return int(text)
+
+
+def _truth(option: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise UsageError(f"{option}={text!r} is neither true nor false")
+    return text == "true"

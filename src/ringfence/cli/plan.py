@@ -1,0 +1,85 @@
+"""``ringfence plan``: what a run would do, decided to the last byte, and nothing done."""
+
+import argparse
+import sys
+
+from ringfence.cli.options import add_policy_options, environment, request, split
+from ringfence.errors import one_line
+from ringfence.sandbox.prepare import plan_for
+from ringfence.sandbox.run import merged_env
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.plan.document import Plan
+
+_EXAMPLE = """examples:
+  ringfence plan -- python3 job.py
+  ringfence plan --policy strict.yaml --json | jq .oci.linux.seccomp
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``plan``."""
+    made = argparse.ArgumentParser(
+        prog="ringfence plan",
+        usage="ringfence plan [OPTIONS] [--] [COMMAND [ARG ...]]",
+        description="Print what `ringfence run` with the same options would do. Runs nothing, needs no privileges.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
+    made.add_argument("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment")
+    made.add_argument("-w", "--workdir", metavar="DIR", help="working directory inside, default /work")
+    made.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    made.add_argument("--oci", action="store_true", help="print only the OCI config.json")
+    add_policy_options(made)
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; see the module's docstring."""
+    words, command = split(argv)
+    args = parser().parse_args(words)
+    command = (args.command or []) + (command or [])
+    plan = plan_for(request(args))
+    env = merged_env(plan["env"], environment(args.env))
+    if args.json or args.oci:
+        import json
+
+        job = {"argv": command, "env": env, "cwd": args.workdir or plan["cwd"]}
+        print(json.dumps(plan["oci"] if args.oci else {**plan, "job": job}, indent=2))
+        return 0
+    print("\n".join(_lines(plan, command, env, args.workdir or plan["cwd"])))
+    for text in plan["warnings"]:
+        print(f"ringfence: warning: {one_line(text)}", file=sys.stderr)
+    return 0
+
+
+def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[str]:
+    from ringfence.plan.describe import describe
+    from ringfence.proof.prove import words
+
+    oci, user = plan["oci"], plan["user"]
+    lines = [
+        f"isolation  {plan['isolation']}, by {plan['runtime']['path']} ({one_line(plan['runtime']['version'])})",
+        f"image      {one_line(plan['image']['name'])}  {plan['image']['digest']}",
+        f"policy     {plan['policy_digest']}",
+        f"plan       {plan['digest']}",
+        f"user       {user['uid']}:{user['gid']} inside, a range of {user['range_size']} host ids of its own",
+        f"job        {' '.join(one_line(repr(word)) for word in command) or '(no command given)'} in {one_line(cwd)}",
+        f"env        {' '.join(one_line(item) for item in env)}",
+        *(text.replace(" ", "    ", 1) for text in plan["summary"]),
+        "",
+        "set up, in a mount namespace of its own:",
+        *(f"  {describe(op)}" for op in plan["stage"]),
+        "",
+        "mounted by the runtime:",
+        *(f"  {mount['destination']}: {mount['type']} {','.join(mount['options'])}" for mount in oci["mounts"]),
+        "",
+        "controls that the proof must find:",
+        *(f"  {control['name']} = {one_line(words(control['asked']))}" for control in plan["controls"]),
+    ]
+    for item in plan["unenforced"]:
+        lines.append(f"  {item['field']}: NOT enforced, as allowed: {item['reason']}")
+    return lines
