@@ -106,7 +106,9 @@ def _mmdebstrap(suite: str, lock: int, *, listed: bool) -> "subprocess.Popen[byt
     """
     for program in ("mmdebstrap", "mount", "setpriv", "unshare", "dpkg-query"):
         if shutil.which(program) is None:
-            raise ImageError(f"{program} is not installed", hint="apt-get install mmdebstrap mount util-linux dpkg")
+            raise ImageError(
+                f"{program} is not installed", hint="apt-get install mmdebstrap mount util-linux dpkg"
+            )
     mapped = [] if os.geteuid() == 0 else ["--map-root-user", "--map-auto"]
     command = ["setpriv", "--pdeathsig=KILL", "unshare", *mapped, *_NAMESPACES, "sh", "-c", _ON_TMPFS, "sh"]
     command += ["mmdebstrap", "--mode=root", "--variant=essential", "--format=tar"]

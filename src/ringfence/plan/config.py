@@ -73,7 +73,9 @@ def config(
     kinds = [kind for kind in NAMESPACES if not (kind == "user" and host.rootless)]
     found: OciConfig = {
         "ociVersion": "1.0.2",
-        "root": {"path": BY_RUN, "readonly": policy.filesystem.root == "read-only"},
+        # Read-only twice over as root. In a user's own mount namespace the runtime's remount would clear nosuid and
+        # nodev, so there the overlay's own read-only has to do; the proof looks at the mount either way.
+        "root": {"path": BY_RUN, "readonly": policy.filesystem.root == "read-only" and not host.rootless},
         "process": {
             "terminal": False,
             "user": {"uid": uid, "gid": gid, "additionalGids": [], "umask": 0o022},

@@ -40,7 +40,8 @@ def make_plan(
     unenforced = _refuse(policy, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
-    _ready(host, skip)
+    user = user_ids(policy.user) or _JOB
+    _ready(host, user, skip)
     seccomp = seccomp_for(
         policy.seccomp,
         arch=host.arch,
@@ -49,7 +50,6 @@ def make_plan(
         kernel=host.kernel,
     )
     range_size = _range_size(host, skip)
-    user = user_ids(policy.user) or _JOB
     disk = writes_to_disk(policy)
     oci = config(
         policy,
@@ -139,8 +139,10 @@ def _refuse(policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[
 
 def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
     names = (wanted,) if wanted else _LINUX_RUNTIMES
-    if host.rootless and host.cgroup.hybrid_v2_mount and not wanted:
+    if host.rootless and host.cgroup.hybrid_v2_mount:
         # crun refuses hybrid cgroups, and a user cannot take the second mount out of its sight.
+        if wanted == "crun":
+            raise HostError("crun does not run for a user on a host with hybrid cgroups", hint="--runtime runc")
         names = ("runc",)
     for name in names:
         if name not in _LINUX_RUNTIMES:
@@ -152,7 +154,7 @@ def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
     )
 
 
-def _ready(host: Host, skip: frozenset[str]) -> None:
+def _ready(host: Host, user: tuple[int, int], skip: frozenset[str]) -> None:
     if not host.overlayfs:
         raise HostError("the kernel has no overlayfs", hint="modprobe overlay")
     if not host.rootless and not host.idmapped_mounts:
@@ -160,6 +162,8 @@ def _ready(host: Host, skip: frozenset[str]) -> None:
             f"images on {host.state_filesystem or 'this file system'} cannot be mounted with their owners mapped",
             hint="set RINGFENCE_STATE_DIR to a directory on ext4, xfs, btrfs or a tmpfs of Linux 6.3",
         )
+    if host.rootless and 0 in user:
+        raise HostError("user 0 of a sandbox started without root would be yourself", hint="another --user")
     if "user" in skip and not host.rootless:
         raise HostError("without user namespaces nothing here can run as root", hint="enable them")
 

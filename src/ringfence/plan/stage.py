@@ -23,7 +23,7 @@ _HOSTS = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
 def stage(policy: Policy, workload: Workload, host: Host) -> list[Op]:
     """Return the operations that build the root of `workload` under ``root`` in the staging directory."""
     ops: list[Op] = []
-    if host.cgroup.hybrid_v2_mount:
+    if host.cgroup.hybrid_v2_mount and not host.rootless:
         # crun refuses a host that has v2 beside v1; it must not see the second one.
         ops.append({"op": "hide", "path": host.cgroup.hybrid_v2_mount})
     ops.append(

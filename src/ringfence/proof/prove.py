@@ -60,7 +60,7 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
     seen = observe(subject)
     seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
     seen |= _mounts(plan, subject)
-    lines = [_line(control, _asked(control, instance, subject), seen) for control in plan["controls"]]
+    lines = [_line(control, _asked(control, plan, instance), seen) for control in plan["controls"]]
     if plan["rootless"]:
         lines = [_from_agent(line, reported_descriptors) for line in lines]
     lines += [_kept(field, plan[key]) for key, field in _KEPT if plan[key] is not None]  # type: ignore[literal-required]
@@ -101,10 +101,14 @@ def words(value: Value) -> str:
     return "no limit" if value is None else str(value)
 
 
-def _asked(control: Control, instance: Instance, subject: Subject) -> Value:
+def _asked(control: Control, plan: Plan, instance: Instance) -> Value:
     """Fill in what is known only of this sandbox."""
     if control["name"] == "credentials.range":
-        return f"0 {subject.base} {subject.size}" if subject.size else f"0 {os.geteuid()} 1"
+        base, size, own = instance.base, plan["user"]["range_size"], os.geteuid()
+        if size == 0:
+            return f"{plan['user']['uid']} {own} 1"
+        # A user's own id stands for root inside: see ringfence.runtime.rootless.
+        return f"0 {own} 1; 1 {base + 1} {size - 1}" if plan["rootless"] else f"0 {base} {size}"
     if control["name"] == "hostname":
         return instance.id
     return control["asked"]

@@ -99,8 +99,8 @@ def spawn(argv: list[str], instance: Instance, descriptors: tuple[int, ...]) -> 
     log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in descriptors]
     actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-        # The log for 0 as well: crun gives its standard streams to the job's user, and the host's /dev/null would
-        # be his from then on. https://github.com/containers/crun/blob/1.8.1/src/libcrun/container.c
+        # The log as 0 too: crun (seen with 1.8.1) makes the job's user the owner of its standard streams, and the
+        # host's own /dev/null would be his from then on.
         (os.POSIX_SPAWN_OPEN, 0, log, log_flags, 0o600),
         (os.POSIX_SPAWN_DUP2, 0, 1),
         (os.POSIX_SPAWN_DUP2, 0, 2),

@@ -2,7 +2,8 @@
 
 The lock is a flock(2) on an open file description that the launcher and the agent share: the kernel drops it when
 the last of them is gone, whatever killed them. So "does it live?" needs no process id, and whoever gets the lock
-may clean up. On the way of every run: imports only `os` and `fcntl`.
+may clean up. A directory without a lock is settled: the sandbox has ended, and only what is kept until `rm` is left.
+On the way of every run: imports only `os` and `fcntl`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+# Under these names a directory is not a sandbox yet, or no longer.
 _NEW = ".new-"
-_LOCK = "lock"
+_GONE = ".gone-"
+LOCK = "lock"
 _RECORD = "record.json"
 _ENDED = "ended.json"
 _MOST_BYTES = 1 << 20
@@ -61,18 +64,35 @@ class Entry:
         return _read(self.path(_ENDED))
 
     def try_lock(self) -> bool:
-        """Take the lock if nobody alive has it; then nothing of the sandbox can start any more."""
-        try:
-            fd = os.open(self.path(_LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
+        """Take the lock if nobody alive has it; then nothing of the sandbox can start any more.
+
+        False as well when there is no lock, because the sandbox is settled or removed.
+        """
+        fd = self._flock(fcntl.LOCK_EX)
+        if fd is None or fd < 0:
             return False
         self.lock_fd = fd
         return True
+
+    def alive(self) -> bool:
+        """Say whether somebody holds the lock: an agent, its launcher, or, for a moment, who cleans up after them."""
+        fd = self._flock(fcntl.LOCK_SH)
+        if fd is not None and fd >= 0:
+            os.close(fd)
+        return fd is None
+
+    def _flock(self, how: int) -> int | None:
+        """Return a descriptor that has the lock, -1 when there is no lock, None when another has it."""
+        try:
+            fd = os.open(self.path(LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return -1
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return None
+        return fd
 
     def unlock(self) -> None:
         """Let go of our hold on the lock; an agent that shares it keeps it."""
@@ -81,11 +101,14 @@ class Entry:
             self.lock_fd = -1
 
     def remove(self) -> None:
-        """Remove the directory and the log, in an order that leaves a crash something to finish."""
-        with_log = self.log_path()
-        if os.path.lexists(with_log):
-            os.unlink(with_log)
-        remove_tree(self.directory)
+        """Remove the log and the directory; what a crash leaves of them, `remove_unfinished` removes."""
+        _unlink(self.log_path())
+        gone = f"{os.path.dirname(self.directory)}/{_GONE}{self.id}"
+        try:
+            os.rename(self.directory, gone)
+        except FileNotFoundError:
+            return
+        remove_tree(gone)
 
 
 def sandboxes_dir() -> str:
@@ -109,15 +132,19 @@ def create() -> Entry:
     sandbox_id = os.urandom(6).hex()
     # Under another name until it is locked: whoever cleans up takes an unlocked one for dead.
     new, final = f"{home}/{_NEW}{sandbox_id}", f"{home}/{sandbox_id}"
+    guard = _guard(home)
     try:
+        fcntl.flock(guard, fcntl.LOCK_SH)
         os.mkdir(new, 0o700)
-        fd = os.open(f"{new}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(f"{new}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.rename(new, final)
     except OSError as error:
         raise SandboxError(
             f"cannot make {final}: {error.strerror}", hint="free some space there, or set RINGFENCE_RUN_DIR"
         ) from error
+    finally:
+        os.close(guard)
     return Entry(final, fd)
 
 
@@ -129,15 +156,23 @@ def entries() -> Iterator[Entry]:
             yield Entry(f"{home}/{name}")
 
 
-def unfinished() -> Iterator[str]:
-    """Yield directories that a launcher had no time to lock; only old ones are certainly nobody's."""
-    import time
-
+def remove_unfinished() -> list[str]:
+    """Remove directories that somebody was killed over while making or removing them; return their names."""
     home = sandboxes_dir()
-    for name in os.listdir(home):
-        path = f"{home}/{name}"
-        if name.startswith(_NEW) and time.time() - os.lstat(path).st_mtime > 10:
-            yield path
+    if not any(name.startswith((_NEW, _GONE)) for name in os.listdir(home)):
+        return []
+    guard = _guard(home)
+    try:
+        # Whoever makes one holds this lock meanwhile; if it is free, all that are here are nobody's.
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        names = [name for name in os.listdir(home) if name.startswith((_NEW, _GONE))]
+        for name in names:
+            remove_tree(f"{home}/{name}")
+    except BlockingIOError:
+        return []
+    finally:
+        os.close(guard)
+    return names
 
 
 def find(name: str) -> Entry:
@@ -165,14 +200,25 @@ def remove_tree(path: str) -> None:
     try:
         with os.scandir(path) as found:
             inside = list(found)
-    except (FileNotFoundError, NotADirectoryError):
+        for item in inside:
+            if item.is_dir(follow_symlinks=False):
+                remove_tree(item.path)
+            else:
+                _unlink(item.path)
+        os.rmdir(path)
+    except FileNotFoundError:
         return
-    for item in inside:
-        if item.is_dir(follow_symlinks=False):
-            remove_tree(item.path)
-        else:
-            os.unlink(item.path)
-    os.rmdir(path)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def _guard(home: str) -> int:
+    return os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _made(path: str, mode: int) -> str:

@@ -1,0 +1,150 @@
+"""The linux tier for a user who is not root: the whole set-up happens inside a user namespace.
+
+Mounts need CAP_SYS_ADMIN, which an ordinary user has only inside a user namespace of his own, and only a process
+with a single thread can enter one. So a second interpreter does it: it unshares, waits until newuidmap(1) and
+newgidmap(1) have written its maps, stages the root, and becomes the runtime. Root inside is the user himself, who
+owns the files of the set-up; the job's user and all others inside are subordinate ids of the sandbox's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from ringfence.errors import HostError
+from ringfence.runtime.base import Instance, Starting
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.plan.document import Plan
+
+_FIRST = 3
+_MOST_BYTES = 8 << 20
+_TIMEOUT_MS = 20_000
+# runc calls a cgroup that it may not make an error unless it is told that nobody expects one.
+_OPTIONS = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=disabled",)}
+
+
+def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
+    """Start the agent as `ringfence.runtime.linux.start` does, without being root. Raises HostError."""
+    from ringfence.runtime.linux import spawn
+
+    spec_r, spec_w = os.pipe2(os.O_CLOEXEC)
+    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    go_r, go_w = os.pipe2(os.O_CLOEXEC)
+    try:
+        argv = [sys.executable, "-I", "-m", "ringfence.runtime.rootless", str(len(descriptors))]
+        starting = spawn(argv, instance, (*descriptors, spec_r, ready_w, go_r))
+        for fd in (spec_r, ready_w, go_r):
+            os.close(fd)
+        spec_r = ready_w = go_r = -1
+        if _hears(ready_r) != b"R":
+            raise _failed(starting)
+        _map(plan, instance, starting.pid)
+        _send(spec_w, _spec(plan, instance))
+        os.write(go_w, b"G")
+        return starting
+    finally:
+        for fd in (spec_r, spec_w, ready_r, ready_w, go_r, go_w):
+            if fd >= 0:
+                os.close(fd)
+
+
+def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int]]:
+    """Return the (inside, host, count) map: the caller's own id as root, then the sandbox's subordinate ids."""
+    size = plan["user"]["range_size"]
+    if size == 0:
+        return [(plan["user"]["uid"], own, 1)]
+    return [(0, own, 1), (1, instance.base + 1, size - 1)]
+
+
+def _map(plan: Plan, instance: Instance, pid: int) -> None:
+    import subprocess
+
+    for program, own in (("newuidmap", os.geteuid()), ("newgidmap", os.getegid())):
+        numbers = [str(number) for line in ranges(plan, instance, own) for number in line]
+        try:
+            subprocess.run([program, str(pid), *numbers], check=True, capture_output=True, timeout=10)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", b"") or b""
+            raise HostError(
+                f"{program} refused: {said.decode('utf-8', 'replace').strip() or error}",
+                hint="apt-get install uidmap; usermod --add-subuids and --add-subgids give a user ranges",
+            ) from error
+
+
+def _spec(plan: Plan, instance: Instance) -> bytes:
+    facts = {name: getattr(instance, name) for name in Instance.__slots__}
+    return json.dumps({"plan": plan, "instance": facts}).encode()
+
+
+def _send(fd: int, data: bytes) -> None:
+    view = memoryview(len(data).to_bytes(4, "little") + data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _hears(fd: int) -> bytes:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return os.read(fd, 1) if poll.poll(_TIMEOUT_MS) else b""
+
+
+def _failed(starting: Starting) -> HostError:
+    return HostError(
+        f"no user namespace could be made: {starting.words(300) or 'the kernel refused'}",
+        hint="'ringfence doctor' says what is missing",
+    )
+
+
+def _child(count: int) -> None:
+    """Do what the module's docstring says the second interpreter does."""
+    from ringfence.linux import libc
+    from ringfence.runtime.linux import agent_path, command, write_config
+    from ringfence.runtime.stage import Ids, Stager
+
+    spec, ready, go = (_FIRST + count + place for place in range(3))
+    for fd in (spec, ready, go):
+        os.set_inheritable(fd, False)
+    agent = agent_path()
+    libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNS)
+    os.write(ready, b"R")
+    plan, instance = _receive(spec)
+    if os.read(go, 1) != b"G":
+        raise SystemExit("the launcher is gone")
+    root = 0 if plan["user"]["range_size"] else plan["user"]["uid"]
+    os.setresgid(root, root, root)
+    os.setresuid(root, root, root)
+    libc.make_private("/")
+    ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
+    Stager(instance.staging, ids, agent).run(plan["stage"])
+    write_config(plan, instance, root=f"{instance.staging}/root", userns="")
+    argv = command(plan, instance, preserve=count, options=_OPTIONS[plan["runtime"]["name"]])
+    os.execve(argv[0], argv, dict(os.environ))
+
+
+def _receive(fd: int) -> tuple[Plan, Instance]:
+    size = int.from_bytes(_exactly(fd, 4), "little")
+    if size > _MOST_BYTES:
+        raise SystemExit("the plan is too large")
+    found = json.loads(_exactly(fd, size))
+    return found["plan"], Instance(**found["instance"])
+
+
+def _exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (piece := os.read(fd, size - len(data))):
+        data += piece
+    return data
+
+
+if __name__ == "__main__":
+    from ringfence.errors import RingfenceError
+
+    try:
+        _child(int(sys.argv[1]))
+    except (RingfenceError, OSError) as error:
+        raise SystemExit(f"ringfence: {error}") from error
