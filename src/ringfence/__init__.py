@@ -1,7 +1,7 @@
 """Ringfence: run untrusted code with least privilege and prove what the kernel enforced.
 
-    result = ringfence.run(["python3", "-c", "print(1)"], policy="untrusted", timeout=10)
-    result.exit_status, result.stdout, result.usage, result.proof
+result = ringfence.run(["python3", "-c", "print(1)"], policy="untrusted", timeout=10)
+result.exit_status, result.stdout, result.usage, result.proof
 """
 
 TYPE_CHECKING = False

@@ -77,4 +77,6 @@ class ProofError(SandboxError):
 
 def one_line(text: str) -> str:
     """Return `text` with control characters made visible, so that hostile names cannot forge lines or colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

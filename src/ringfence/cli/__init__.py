@@ -56,7 +56,10 @@ def main(argv: "Sequence[str]") -> int:
         args.remove("--debug")
     verb, *rest = args
     if verb not in VERBS:
-        print(f"ringfence: no command {verb!r}{_nearest(verb)}; see 'ringfence --help' [RF-USAGE]", file=sys.stderr)
+        print(
+            f"ringfence: no command {verb!r}{_nearest(verb)}; see 'ringfence --help' [RF-USAGE]",
+            file=sys.stderr,
+        )
         return 2
     from importlib import import_module
 

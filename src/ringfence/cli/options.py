@@ -157,7 +157,7 @@ def _volume(item: str) -> dict[str, object]:
 def _tmpfs(item: str) -> str:
     target, _, options = item.partition(":")
     size = dict(option.partition("=")[::2] for option in options.split(",")).get("size")
-    if target != "/tmp" or not size:  # noqa: S108
+    if target != "/tmp" or not size:
         raise UsageError(
             f"--tmpfs {item!r}: a sandbox has two writable directories, /tmp and /work",
             hint="size them with --tmpfs /tmp:size=64m and --set limits.disk=128MiB",

@@ -75,7 +75,10 @@ def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[s
         *(f"  {describe(op)}" for op in plan["stage"]),
         "",
         "mounted by the runtime:",
-        *(f"  {mount['destination']}: {mount['type']} {','.join(mount['options'])}" for mount in oci["mounts"]),
+        *(
+            f"  {mount['destination']}: {mount['type']} {','.join(mount['options'])}"
+            for mount in oci["mounts"]
+        ),
         "",
         "controls that the proof must find:",
         *(f"  {control['name']} = {one_line(words(control['asked']))}" for control in plan["controls"]),

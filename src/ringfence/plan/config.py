@@ -137,7 +137,7 @@ def _mounts(policy: Policy, workload: Workload) -> list[Mount]:
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "max=64"],
         },
         {
-            "destination": "/dev/shm",  # noqa: S108
+            "destination": "/dev/shm",
             "type": "tmpfs",
             "source": "shm",
             "options": ["nosuid", "nodev", "noexec", *shm],

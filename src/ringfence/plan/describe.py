@@ -33,6 +33,7 @@ def describe(op: Op) -> str:
     if op["op"] == "agent":
         return f"the agent as {where}"
     if op["op"] == "overlay":
-        return f"overlay of {' over '.join(op['lower'])} on {where}, {'writes to ' + op['upper'] if op['upper'] else 'read-only'}"
+        way = f"writes to {op['upper']}" if op["upper"] else "read-only"
+        return f"overlay of {' over '.join(op['lower'])} on {where}, {way}"
     way = "read-only" if op["read_only"] else "WRITABLE"
     return f"bind {one_line(op['source'])} on {where}, {way}, {_IDS[op['ids']]}"

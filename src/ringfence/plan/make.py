@@ -142,7 +142,9 @@ def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
     if host.rootless and host.cgroup.hybrid_v2_mount:
         # crun refuses hybrid cgroups, and a user cannot take the second mount out of its sight.
         if wanted == "crun":
-            raise HostError("crun does not run for a user on a host with hybrid cgroups", hint="--runtime runc")
+            raise HostError(
+                "crun does not run for a user on a host with hybrid cgroups", hint="--runtime runc"
+            )
         names = ("runc",)
     for name in names:
         if name not in _LINUX_RUNTIMES:

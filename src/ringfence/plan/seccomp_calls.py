@@ -44,7 +44,7 @@ ALLOWED: tuple[Group, ...] = (
         (
             "fork vfork execve execveat exit exit_group wait4 waitid getpid getppid gettid getpgid"
             " getpgrp getsid setpgid setsid set_tid_address set_robust_list get_robust_list rseq"
-            " arch_prctl uname sysinfo getrusage times getrlimit setrlimit prlimit64 getpriority"
+            " arch_prctl uname sysinfo getrusage times getrlimit setrlimit getpriority"
             " setpriority ioprio_get ioprio_set pidfd_open pidfd_send_signal process_mrelease prctl"
             " restart_syscall uretprobe"
         ),
@@ -153,6 +153,11 @@ CONDITIONAL: tuple[Group, ...] = (
         "chmod fchmod fchmodat fchmodat2 creat mknod mknodat open openat",
     ),
     ("new processes", "No CLONE_NEW* flag: no new namespaces.", "clone"),
+    (
+        "limits of resources",
+        "The caller's own alone (pid 0): the agent has the job's uid, and the job must not lower its limits.",
+        "prlimit64",
+    ),
     (
         "execution domain",
         (

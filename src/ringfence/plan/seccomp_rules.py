@@ -60,6 +60,7 @@ def conditional_rules(wanted: "Collection[str]") -> "list[Rule]":
         *(rule for name, index in MODE_ARGUMENT.items() for rule in _mode(name, index)),
         *(rule for name, index in FLAGS_ARGUMENT.items() for rule in _open(name, index)),
         *clone_rules(),
+        *_judge("prlimit64", [equals(0, 0)], [{"index": 0, "value": 0, "op": "SCMP_CMP_GT"}]),
         *_personality(),
     ]
     return [rule for rule in rules if rule["names"][0] in wanted]

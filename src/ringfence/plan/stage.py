@@ -46,7 +46,7 @@ def stage(policy: Policy, workload: Workload, host: Host) -> list[Op]:
 
 def _skeleton(policy: Policy, workload: Workload) -> list[Op]:
     """The topmost layer: mount points and our own files, so that no image has to have or lose any."""
-    points = ["/proc", "/dev", "/tmp", *(["/sys"] if policy.filesystem.sysfs else [])]  # noqa: S108
+    points = ["/proc", "/dev", "/tmp", *(["/sys"] if policy.filesystem.sysfs else [])]
     ops: list[Op] = [_directory(_SKELETON, "/")]
     ops += [_directory(_SKELETON, point) for point in points]
     ops.append(_directory(_SKELETON, WORK, job=policy.filesystem.root == "writable"))
@@ -123,7 +123,7 @@ def _writable(policy: Policy) -> list[Op]:
     """The tmpfs that the job may write to; a target of the policy's own takes its place."""
     taken = {mount.target for mount in policy.filesystem.mounts}
     ops: list[Op] = []
-    if "/tmp" not in taken:  # noqa: S108
+    if "/tmp" not in taken:
         ops.append(
             {
                 "op": "tmpfs",
@@ -196,7 +196,7 @@ def _directory(below: str, path: str, *, job: bool = False) -> Directory:
 
 
 def _under_tmpfs(target: str) -> bool:
-    return target.startswith(("/tmp/", WORK + "/"))  # noqa: S108
+    return target.startswith(("/tmp/", WORK + "/"))
 
 
 def stage_controls(ops: list[Op]) -> list[Control]:
@@ -208,7 +208,7 @@ def stage_controls(ops: list[Op]) -> list[Control]:
             found.append(_mount("/", "filesystem.root", f"overlay {way},nosuid,nodev"))
         elif op["op"] == "tmpfs" and op["at"].startswith("root/"):
             target = op["at"].removeprefix("root")
-            field = "filesystem.tmp" if target == "/tmp" else "limits.disk"  # noqa: S108
+            field = "filesystem.tmp" if target == "/tmp" else "limits.disk"
             size = f"size={op['size_bytes']} inodes={op['inodes']}"
             found.append(_mount(target, field, f"tmpfs rw,nosuid,nodev {size}"))
         elif op["op"] == "bind" and op["below"] == "root":

@@ -1,5 +1,7 @@
 """What every runtime offers, and what it is given for one sandbox."""
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
@@ -36,31 +38,28 @@ class Instance:
 class Starting:
     """A runtime's process that is setting a sandbox up; it ends by itself when the agent runs, or has failed."""
 
-    __slots__ = ("_kept", "log", "pid", "status")
+    __slots__ = ("_kept", "_said", "pid", "status")
 
-    def __init__(self, pid: int, log: str) -> None:
-        """Watch process `pid`, a child of ours, which writes its complaints to the file `log`."""
+    def __init__(self, pid: int, said: int) -> None:
+        """Watch process `pid`, a child of ours; `said` is a pipe that its complaints arrive on, now ours."""
         self.pid = pid
-        self.log = log
         self.status: int | None = None
-        self._kept = -1
+        self._kept = [said]
+        self._said = said
 
     def keep(self, fd: int) -> None:
         """Keep `fd` open until the runtime needs it no more; it opens it through our entry in /proc."""
-        self._kept = fd
+        self._kept.append(fd)
 
     def release(self) -> None:
-        """Close what was kept: the agent runs, or never will."""
-        import os
-
-        if self._kept >= 0:
-            os.close(self._kept)
-            self._kept = -1
+        """Close what was kept: the agent runs, or never will. Idempotent."""
+        for fd in self._kept:
+            os.close(fd)
+        self._kept = []
+        self._said = -1
 
     def wait(self) -> int:
         """Wait for the runtime to end and return its exit status; negative for a signal. Idempotent."""
-        import os
-
         if self.status is None:
             try:
                 _, status = os.waitpid(self.pid, 0)
@@ -68,20 +67,15 @@ class Starting:
                 self.status = 0
             else:
                 self.status = os.waitstatus_to_exitcode(status)
-        self.release()
         return self.status
 
     def words(self, most_bytes: int = 2000) -> str:
-        """Return the last of what the runtime said, for an error message."""
-        import os
-
-        try:
-            fd = os.open(self.log, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        """Return the last of what the runtime said, for an error message; once, before `release`."""
+        if self._said < 0:
             return ""
+        os.set_blocking(self._said, False)
         try:
-            size = os.fstat(fd).st_size
-            text = os.pread(fd, most_bytes, max(0, size - most_bytes))
-        finally:
-            os.close(fd)
-        return text.decode("utf-8", "replace").strip()
+            text = os.read(self._said, 1 << 16)
+        except BlockingIOError:
+            text = b""
+        return text[-most_bytes:].decode("utf-8", "replace").strip()

@@ -58,7 +58,8 @@ def _set_up(
     stager.run(plan["stage"])
     # Our own /proc entry and not "self": runc opens the path in a helper that has other descriptors.
     write_config(plan, instance, root=f"{instance.staging}/root", userns=f"/proc/{os.getpid()}/fd/{userns}")
-    return spawn(command(plan, instance, preserve=len(descriptors)), instance, descriptors)
+    argv = command(plan, instance, preserve=len(descriptors))
+    return spawn(argv, descriptors, runtime_dir=instance.directory)
 
 
 def write_config(plan: Plan, instance: Instance, *, root: str, userns: str) -> None:
@@ -91,28 +92,28 @@ def command(plan: Plan, instance: Instance, *, preserve: int, options: tuple[str
     ]
 
 
-def spawn(argv: list[str], instance: Instance, descriptors: tuple[int, ...]) -> Starting:
-    """Start `argv` in a session of its own with `descriptors` as 3, 4, ... and its words in the log."""
+def spawn(argv: list[str], descriptors: tuple[int, ...], *, runtime_dir: str) -> Starting:
+    """Start `argv` in a session of its own, with `descriptors` as its 3, 4, ...
+
+    Its standard streams are pipes of ours and nothing else: a runtime may give them to the sandbox's user
+    (fchown), which must never happen to the host's /dev/null or to a file.
+    """
     import fcntl
 
-    log = f"{instance.directory}/runtime.log"
-    log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in descriptors]
-    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-        # The log as 0 too: crun (seen with 1.8.1) makes the job's user the owner of its standard streams, and the
-        # host's own /dev/null would be his from then on.
-        (os.POSIX_SPAWN_OPEN, 0, log, log_flags, 0o600),
-        (os.POSIX_SPAWN_DUP2, 0, 1),
-        (os.POSIX_SPAWN_DUP2, 0, 2),
-        *((os.POSIX_SPAWN_DUP2, fd, _FIRST + place) for place, fd in enumerate(high)),
-    ]
-    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": instance.directory}
+    empty_r, empty_w = os.pipe2(os.O_CLOEXEC)
+    said_r, said_w = os.pipe2(os.O_CLOEXEC)
+    os.close(empty_w)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in (empty_r, said_w, said_w, *descriptors)]
+    places = (0, 1, 2, *range(_FIRST, _FIRST + len(descriptors)))
+    actions = [(os.POSIX_SPAWN_DUP2, fd, place) for fd, place in zip(high, places, strict=True)]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": runtime_dir}
     try:
-        return Starting(os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True), log)
+        return Starting(os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True), said_r)
     except OSError as error:
+        os.close(said_r)
         raise HostError(f"cannot start {argv[0]}: {error.strerror}", hint="see 'ringfence doctor'") from error
     finally:
-        for fd in high:
+        for fd in (*high, empty_r, said_w):
             os.close(fd)
 
 

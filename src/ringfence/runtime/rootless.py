@@ -35,7 +35,7 @@ def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...])
     go_r, go_w = os.pipe2(os.O_CLOEXEC)
     try:
         argv = [sys.executable, "-I", "-m", "ringfence.runtime.rootless", str(len(descriptors))]
-        starting = spawn(argv, instance, (*descriptors, spec_r, ready_w, go_r))
+        starting = spawn(argv, (*descriptors, spec_r, ready_w, go_r), runtime_dir=instance.directory)
         for fd in (spec_r, ready_w, go_r):
             os.close(fd)
         spec_r = ready_w = go_r = -1

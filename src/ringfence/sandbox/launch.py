@@ -134,6 +134,7 @@ class Running:
             self.connection = None
         if self.starting is not None:
             self.starting.wait()
+            self.starting.release()
         self.kill()
         for fd in (self.pidfd, self.pty):
             if fd >= 0:
@@ -149,6 +150,7 @@ class Running:
             self.connection = None
         if self.starting is not None:
             self.starting.wait()
+            self.starting.release()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -221,7 +223,6 @@ def start(running: Running) -> None:
         listener.close()
     running.connection = protocol.Connection(ours)
     running.agent_pid = _greeted_by(ours, running.starting)
-    running.starting.release()
     running.pidfd = os.pidfd_open(running.agent_pid)
     if running.cgroup is not None and running.plan["deny_devices"]:
         running.cgroup.deny_devices(running.plan["deny_devices"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence.errors import HostError
+from ringfence.errors import HostError, RingfenceError
 from ringfence.sandbox import ranges, store
 
 TYPE_CHECKING = False
@@ -13,51 +13,63 @@ if TYPE_CHECKING:
     from ringfence.sandbox.store import Entry
 
 # In the directory of a detached sandbox that has ended, until `rm`.
-_KEPT = frozenset({"lock", "record.json", "ended.json", "proof.json"})
+_KEPT = frozenset({"record.json", "ended.json", "proof.json"})
 
 
-def sweep() -> list[str]:
-    """Clean up after every sandbox that nobody alive holds; return the ids of those that were dealt with."""
-    done = []
+class Swept:
+    """What a sweep came to: sandboxes dealt with, and why others could not be, in words."""
+
+    __slots__ = ("ids", "problems")
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.ids: list[str] = []
+        self.problems: list[str] = []
+
+
+def sweep() -> Swept:
+    """Clean up after every sandbox that nobody alive holds.
+
+    One that cannot be cleaned up, because a process of it hangs in the kernel, is no reason not to go on.
+    """
+    swept = Swept()
     for entry in store.entries():
         if entry.try_lock():
             try:
-                if reap(entry):
-                    done.append(entry.id)
+                reap(entry)
+                swept.ids.append(entry.id)
+            except (RingfenceError, OSError) as error:
+                swept.problems.append(f"sandbox {entry.id}: {error}")
             finally:
                 entry.unlock()
-    return done
+    if swept.ids:
+        # Who was killed before he had written his record may have had a range.
+        give_back_ranges()
+    store.remove_unfinished()
+    return swept
 
 
-def sweep_all() -> list[str]:
-    """Do what `sweep` does, and also find what lost its directory; return what was removed, in words."""
-    removed = [f"sandbox {sandbox}" for sandbox in sweep()]
-    for path in store.unfinished():
-        store.remove_tree(path)
-        removed.append(f"directory {os.path.basename(path)}")
-    rootless = os.geteuid() != 0
-    removed += [f"id range {base}" for base in ranges.abandoned(rootless=rootless)]
-    return removed
+def give_back_ranges() -> list[int]:
+    """Give back the id ranges of sandboxes whose directory is gone, and return them."""
+    return list(ranges.abandoned(rootless=os.geteuid() != 0))
 
 
-def reap(entry: Entry) -> bool:
-    """Clean up after `entry`, whose lock we hold; False when there was nothing to do.
+def reap(entry: Entry) -> None:
+    """Clean up after `entry`, whose lock we hold. May be killed at any point: the next one begins again.
 
     A detached sandbox keeps its record, proof and log until `rm`; of any other nothing is kept.
     """
     record = entry.record()
     if not record.get("detached") or record.get("remove"):
         discard(entry)
-        return True
-    if entry.ended():
-        return False
+        return
     group = cgroup_of(record)
     if group is not None:
         group.kill()
-    entry.write_ended(_how_it_ended(entry, group))
+    if not entry.ended():
+        entry.write_ended(_how_it_ended(entry, group))
     _give_back(entry, record, group)
-    tidy(entry)
-    return True
+    _settle(entry)
 
 
 def discard(entry: Entry) -> None:
@@ -89,15 +101,17 @@ def cgroup_of(record: dict[str, object]) -> Cgroup | None:
     return Cgroup(Layout.from_dict(layout), path)
 
 
-def tidy(entry: Entry) -> None:
-    """Remove the files of a sandbox that only a living one needs."""
+def _settle(entry: Entry) -> None:
+    """Remove the files that only a living sandbox needs, and its lock last: what has none is settled."""
     for name in os.listdir(entry.directory):
-        if name not in _KEPT:
-            path = entry.path(name)
-            if os.path.isdir(path) and not os.path.islink(path):
-                store.remove_tree(path)
-            else:
-                os.unlink(path)
+        path = entry.path(name)
+        if name in _KEPT or name == store.LOCK:
+            continue
+        if os.path.isdir(path) and not os.path.islink(path):
+            store.remove_tree(path)
+        else:
+            os.unlink(path)
+    os.unlink(entry.path(store.LOCK))
 
 
 def _how_it_ended(entry: Entry, group: Cgroup | None) -> dict[str, object]:

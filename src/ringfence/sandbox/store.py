@@ -45,7 +45,7 @@ class Entry:
 
     def log_path(self) -> str:
         """Return the path of the log of a detached sandbox; it is on disk, not in the run directory."""
-        return f"{logs_dir()}/{self.id}"
+        return f"{_logs_of(os.path.dirname(os.path.dirname(self.directory)))}/{self.id}"
 
     def write_record(self, record: Mapping[str, object]) -> None:
         """Write what `ps` and `gc` need to know; raises OSError."""
@@ -121,9 +121,30 @@ def staging_dir() -> str:
     return _made(f"{run_dir()}/staging", 0o711)
 
 
-def logs_dir() -> str:
-    """Return the directory of logs."""
+def remove_stray_logs() -> list[str]:
+    """Remove logs whose sandbox is gone without them, as after a reboot; return their names."""
+    removed = []
+    run, home = run_dir(), _logs_home()
+    for name in os.listdir(home):
+        logs, whose = f"{home}/{name}", name.replace("%2F", "/").replace("%25", "%")
+        for log in os.listdir(logs):
+            # A log is made after its sandbox and removed before it.
+            if not os.path.isdir(f"{whose}/sandboxes/{log}" if whose == run else whose):
+                _unlink(f"{logs}/{log}")
+                removed.append(log)
+        if not os.path.isdir(whose):
+            remove_tree(logs)
+    return removed
+
+
+def _logs_home() -> str:
     return _made(f"{state_dir()}/logs", 0o700)
+
+
+def _logs_of(run: str) -> str:
+    # A directory for each run directory: else nobody could tell a log without a sandbox from one of another's.
+    name = run.replace("%", "%25").replace("/", "%2F")
+    return _made(f"{_logs_home()}/{name}", 0o700)
 
 
 def create() -> Entry:

@@ -1,0 +1,67 @@
+"""What a test may need of this machine, each with a probe that says why it is missing, "" when it is there.
+
+`@pytest.mark.requires("root", "crun")` skips with that reason; with RINGFENCE_STRICT set it fails instead.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+
+from ringfence.host import places
+from ringfence.host.cgroups import cgroup_facts
+from ringfence.image.find import current_build
+from ringfence.linux.paths import state_dir
+
+COMPILERS = ("musl-gcc", "gcc")
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "not run as root"
+
+
+def _runtime(name: str) -> Callable[[], str]:
+    return lambda: "" if places.find(name) else f"{name} is not installed"
+
+
+def _userns() -> str:
+    try:
+        with open("/proc/sys/user/max_user_namespaces") as file:
+            return "" if int(file.read()) > 0 else "user.max_user_namespaces is 0"
+    except OSError:
+        return "the kernel has no user namespaces"
+
+
+def _controller(name: str) -> Callable[[], str]:
+    def probe() -> str:
+        facts = cgroup_facts()
+        if facts.version not in ("v1", "hybrid"):
+            return f"cgroup {facts.version} here"
+        return "" if name in facts.mounts else f"no cgroup v1 hierarchy has {name}"
+
+    return probe
+
+
+def _compiler() -> str:
+    return "" if any(shutil.which(name) for name in COMPILERS) else "no C compiler"
+
+
+def _base() -> str:
+    return "" if current_build(state_dir(), "base") else "the image base is not built: make setup"
+
+
+def _two_cpus() -> str:
+    return "" if (os.cpu_count() or 1) > 1 else "only one CPU"
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "root": _root,
+    "crun": _runtime("crun"),
+    "runc": _runtime("runc"),
+    "userns": _userns,
+    "compiler": _compiler,
+    "image:base": _base,
+    "two-cpus": _two_cpus,
+    "x86_64": lambda: "" if platform.machine() == "x86_64" else f"this is {platform.machine()}",
+    **{f"cgroup1:{name}": _controller(name) for name in ("memory", "pids", "cpu", "cpuset", "blkio", "devices")},
+}
