@@ -63,5 +63,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "image:base": _base,
     "two-cpus": _two_cpus,
     "x86_64": lambda: "" if platform.machine() == "x86_64" else f"this is {platform.machine()}",
-    **{f"cgroup1:{name}": _controller(name) for name in ("memory", "pids", "cpu", "cpuset", "blkio", "devices")},
+    **{
+        f"cgroup1:{name}": _controller(name)
+        for name in ("memory", "pids", "cpu", "cpuset", "blkio", "devices")
+    },
 }

@@ -37,6 +37,7 @@ enum { IO_URING_SETUP = 425, FCHMODAT2 = 452 };
 enum { X32 = 0x40000000 };
 
 static pid_t target;
+static int apart;
 static char scratch[64];
 
 static int done(long result) { return result == -1 ? errno : 0; }
@@ -209,8 +210,8 @@ static int all_capabilities(void)
 {
 	uint32_t head[2] = { 0x20080522, 0 }, data[6] = { ~0U, ~0U, 0, 0x1ff, 0x1ff, 0 };
 	uint32_t have[6];
-	/* Outside: back what the process may have anyway, which root always may. */
-	if (geteuid() == 0 && syscall(SYS_capget, head, have) == 0)
+	/* Outside root need not have every one of them: all that it has. */
+	if (apart && syscall(SYS_capget, head, have) == 0)
 		memcpy(data, have, sizeof have);
 	return done(syscall(SYS_capset, head, data));
 }
@@ -271,7 +272,7 @@ static int step_aside(void)
 	       mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
 }
 
-static int one(const char *name, int apart)
+static int one(const char *name)
 {
 	int status, index = 0;
 	while (index < COUNT && strcmp(attacks[index].name, name) != 0)
@@ -295,7 +296,7 @@ static int one(const char *name, int apart)
 
 int main(int argc, char **argv)
 {
-	int apart = 0, error = 0;
+	int error = 0;
 	for (int i = 1; i < argc && !error; i++) {
 		if (strcmp(argv[i], "--list") == 0)
 			for (int n = 0; n < COUNT; n++)
@@ -305,7 +306,7 @@ int main(int argc, char **argv)
 		else if (strcmp(argv[i], "--pid") == 0 && i + 1 < argc)
 			target = (pid_t)atoi(argv[++i]);
 		else
-			error = one(argv[i], apart);
+			error = one(argv[i]);
 	}
 	return error;
 }

@@ -3,6 +3,7 @@
 Every verb is a module ``ringfence.cli.<verb>`` with ``main(argv: list[str]) -> int``.
 """
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -23,6 +24,8 @@ VERBS = {
     "doctor": "Say what this host can enforce and how.",
 }
 
+_FAILED, _INTERRUPTED, _NOBODY_READS = 125, 130, 141
+
 
 def usage() -> str:
     """Return the text of ``ringfence --help``."""
@@ -40,7 +43,38 @@ def usage() -> str:
 
 
 def main(argv: "Sequence[str]") -> int:
-    """Run one command and return its exit status; expected failures become one line on stderr."""
+    """Run one command and return its exit status; expected failures become one line on stderr.
+
+    141 (128 + SIGPIPE) when nobody reads our output any more, 130 (128 + SIGINT) after Ctrl-C.
+    """
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    try:
+        try:
+            return _command(argv, debug="--debug" in own)
+        finally:
+            # Here and not at the interpreter's end, where it is too late to say anything about it.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return _NOBODY_READS
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except OSError as error:
+        if "--debug" in own:
+            raise
+        from ringfence.errors import one_line
+
+        _drop_output()
+        about = f" ({error.filename})" if error.filename else ""
+        print(
+            f"ringfence: {one_line(f'{error.strerror or error}{about}')}; see --debug [RF-ERROR]",
+            file=sys.stderr,
+        )
+        return _FAILED
+
+
+def _command(argv: "Sequence[str]", *, debug: bool) -> int:
     args = list(argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage(), file=sys.stdout if args else sys.stderr)
@@ -50,8 +84,6 @@ def main(argv: "Sequence[str]") -> int:
 
         print(f"ringfence {VERSION}")
         return 0
-    own = args[: args.index("--")] if "--" in args else args
-    debug = "--debug" in own
     if debug:
         args.remove("--debug")
     verb, *rest = args
@@ -61,18 +93,23 @@ def main(argv: "Sequence[str]") -> int:
             file=sys.stderr,
         )
         return 2
-    from importlib import import_module
-
     from ringfence.errors import RingfenceError
 
     try:
-        status: int = import_module(f"ringfence.cli.{verb.replace('-', '_')}").main(rest)
+        status: int = __import__(f"ringfence.cli.{verb}", fromlist=["main"]).main(rest)
     except RingfenceError as error:
         if debug:
             raise
         print(f"ringfence: {error}", file=sys.stderr)
         return error.exit_status
     return status
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere, or the interpreter would try once more at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def _nearest(word: str) -> str:
@@ -84,4 +121,8 @@ def _nearest(word: str) -> str:
 
 def entry() -> None:
     """Run as the ``ringfence`` program."""
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    # Everything is closed and flushed; taking the interpreter apart would only cost time.
+    os._exit(status)

@@ -3,14 +3,15 @@
 Each becomes a policy field; whatever has no option of its own is reached with ``--set FIELD=VALUE``.
 """
 
-import argparse
 import os
 
+from ringfence.cli.flags import Flag, add_flags
 from ringfence.errors import UsageError
 from ringfence.sandbox.prepare import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 _TIERS = ("auto", "linux", "gvisor", "microvm")
@@ -22,62 +23,67 @@ _ULIMITS = {
 }
 
 
+WHAT = (
+    Flag("-i", "--isolation", choices=_TIERS, help="tier (docker's -i is --interactive here)"),
+    Flag("--policy", default="untrusted", metavar="FILE|PRESET", help="default: untrusted"),
+    Flag("--image", metavar="REF", help="base (default) or host"),
+    Flag("--rootfs", metavar="DIR", help="use this directory as the image"),
+    Flag("--runtime", choices=("crun", "runc"), help="default: the first that works here"),
+    Flag(
+        "--allow-unenforced",
+        kind="list",
+        metavar="FIELD",
+        help="run although this field of the policy cannot be enforced here; the proof says so",
+    ),
+)
+FIELDS = (
+    Flag("-m", "--memory", metavar="SIZE", help="limits.memory, e.g. 512m"),
+    Flag("--cpus", metavar="N", help="limits.cpus, e.g. 1.5"),
+    Flag("--cpuset-cpus", metavar="LIST", help="limits.cpuset, e.g. 0-1"),
+    Flag("--pids-limit", metavar="N", help="limits.pids (and limits.threads)"),
+    Flag("--shm-size", metavar="SIZE", help="limits.shm"),
+    Flag("--timeout", metavar="TIME", help="limits.time, e.g. 30s"),
+    Flag("--read-only", metavar="true|false", help="filesystem.root; alone it means true"),
+    Flag("--tmpfs", metavar="/tmp:size=SIZE", help="filesystem.tmp"),
+    Flag("-v", "--volume", kind="list", metavar="SRC:DST[:rw]", help="mount, read-only unless :rw"),
+    Flag("-u", "--user", metavar="UID[:GID]", help="user inside the sandbox"),
+    Flag("--cap-add", kind="list", metavar="CAP", help="give a capability"),
+    Flag("--network", metavar="MODE", help="network.mode: none"),
+    Flag("-p", "--publish", kind="list", metavar="PORTS", help="network.publish"),
+    Flag("--ulimit", kind="list", metavar="NAME=N", help="nofile, nproc, stack, fsize"),
+    Flag("--sysctl", kind="list", metavar="NAME=VALUE", help="kernel parameter of its own"),
+    Flag("--device", kind="list", metavar="DEV[:rwm]", help="device node"),
+    Flag("--security-opt", kind="list", metavar="OPT", help="seccomp=..., no-new-privileges"),
+    Flag("--set", kind="list", metavar="FIELD=VALUE", help="any field, e.g. limits.disk=1GiB"),
+)
+JOB = (
+    Flag("-e", "--env", kind="list", metavar="NAME[=VALUE]", help="environment; nothing else gets in"),
+    Flag("-w", "--workdir", metavar="DIR", help="working directory inside, default /work"),
+)
+
+
 def split(argv: "Sequence[str]") -> tuple[list[str], list[str] | None]:
-    """Return (our words, the command after ``--``); docker's -it means --interactive --tty."""
+    """Return (our words, the command after ``--``), with two of docker's ways of writing spelled out."""
     ours = list(argv)
     command = None
     if "--" in ours:
         place = ours.index("--")
         ours, command = ours[:place], ours[place + 1 :]
-    spread = {"-it": ["--interactive", "--tty"], "-ti": ["--interactive", "--tty"]}
+    spread = {
+        "-it": ["--interactive", "--tty"],
+        "-ti": ["--interactive", "--tty"],
+        "--read-only": ["--read-only=true"],
+    }
     return [part for word in ours for part in spread.get(word, [word])], command
 
 
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
+def add_policy_options(parser: "argparse.ArgumentParser") -> None:
     """Add everything that says under what a command runs."""
-    what = parser.add_argument_group("what to run under")
-    what.add_argument("-i", "--isolation", choices=_TIERS, help="tier (docker's -i is --interactive here)")
-    what.add_argument("--policy", default="untrusted", metavar="FILE|PRESET", help="default: untrusted")
-    what.add_argument("--image", metavar="REF", help="base (default) or host")
-    what.add_argument("--rootfs", metavar="DIR", help="use this directory as the image")
-    what.add_argument("--runtime", choices=("crun", "runc"), help="default: the first that works here")
-    what.add_argument(
-        "--allow-unenforced",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="run although this field of the policy cannot be enforced here; the proof says so",
-    )
-    fields = parser.add_argument_group("single fields of the policy")
-    add = fields.add_argument
-    add("-m", "--memory", metavar="SIZE", help="limits.memory, e.g. 512m")
-    add("--cpus", metavar="N", help="limits.cpus, e.g. 1.5")
-    add("--cpuset-cpus", metavar="LIST", help="limits.cpuset, e.g. 0-1")
-    add("--pids-limit", metavar="N", help="limits.pids (and limits.threads)")
-    add("--shm-size", metavar="SIZE", help="limits.shm")
-    add("--timeout", metavar="TIME", help="limits.time, e.g. 30s")
-    add("--read-only", nargs="?", const="true", metavar="true|false", help="filesystem.root")
-    add("--tmpfs", metavar="/tmp:size=SIZE", help="filesystem.tmp")
-    add(
-        "-v",
-        "--volume",
-        action="append",
-        default=[],
-        metavar="SRC:DST[:rw]",
-        help="mount, read-only unless :rw",
-    )
-    add("-u", "--user", metavar="UID[:GID]", help="user inside the sandbox")
-    add("--cap-add", action="append", default=[], metavar="CAP", help="give a capability")
-    add("--network", metavar="MODE", help="network.mode: none")
-    add("-p", "--publish", action="append", default=[], metavar="PORTS", help="network.publish")
-    add("--ulimit", action="append", default=[], metavar="NAME=N", help="nofile, nproc, stack, fsize")
-    add("--sysctl", action="append", default=[], metavar="NAME=VALUE", help="kernel parameter of its own")
-    add("--device", action="append", default=[], metavar="DEV[:rwm]", help="device node")
-    add("--security-opt", action="append", default=[], metavar="OPT", help="seccomp=..., no-new-privileges")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. limits.disk=1GiB")
+    add_flags(parser.add_argument_group("what to run under"), WHAT)
+    add_flags(parser.add_argument_group("single fields of the policy"), FIELDS)
 
 
-def request(args: argparse.Namespace) -> Request:
+def request(args: "argparse.Namespace") -> Request:
     """Return the request that parsed options make. Raises UsageError."""
     fields: dict[str, object] = {}
     simple = {
@@ -139,6 +145,14 @@ def environment(items: "Sequence[str]") -> list[str]:
         else:
             raise UsageError(f"--env {name}: not set here", hint=f"write {name}=VALUE")
     return found
+
+
+def check_workdir(path: "str | None") -> None:
+    """Raise UsageError unless `path`, of --workdir, is absolute: it is a directory inside the sandbox."""
+    if path is not None and not path.startswith("/"):
+        raise UsageError(
+            f"--workdir {path!r} is not an absolute path", hint="it names a directory inside, such as /tmp"
+        )
 
 
 def _volume(item: str) -> dict[str, object]:

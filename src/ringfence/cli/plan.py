@@ -1,9 +1,10 @@
 """``ringfence plan``: what a run would do, decided to the last byte, and nothing done."""
 
 import argparse
-import sys
 
-from ringfence.cli.options import add_policy_options, environment, request, split
+from ringfence.cli.flags import add_flags
+from ringfence.cli.options import JOB, add_policy_options, check_workdir, environment, request, split
+from ringfence.cli.parser import Parser
 from ringfence.errors import one_line
 from ringfence.sandbox.prepare import plan_for
 from ringfence.sandbox.run import merged_env
@@ -18,9 +19,9 @@ _EXAMPLE = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of ``plan``."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="ringfence plan",
         usage="ringfence plan [OPTIONS] [--] [COMMAND [ARG ...]]",
         description="Print what `ringfence run` with the same options would do. Runs nothing, needs no privileges.",
@@ -29,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
-    made.add_argument("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment")
-    made.add_argument("-w", "--workdir", metavar="DIR", help="working directory inside, default /work")
+    add_flags(made, JOB)
     made.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     made.add_argument("--oci", action="store_true", help="print only the OCI config.json")
     add_policy_options(made)
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     words, command = split(argv)
     args = parser().parse_args(words)
     command = (args.command or []) + (command or [])
+    check_workdir(args.workdir)
     plan = plan_for(request(args))
     env = merged_env(plan["env"], environment(args.env))
     if args.json or args.oci:
@@ -51,8 +52,6 @@ def main(argv: list[str]) -> int:
         print(json.dumps(plan["oci"] if args.oci else {**plan, "job": job}, indent=2))
         return 0
     print("\n".join(_lines(plan, command, env, args.workdir or plan["cwd"])))
-    for text in plan["warnings"]:
-        print(f"ringfence: warning: {one_line(text)}", file=sys.stderr)
     return 0
 
 

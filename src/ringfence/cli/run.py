@@ -1,40 +1,56 @@
 """``ringfence run``: one command, in a fresh sandbox, under a policy, with a proof."""
 
-import argparse
 import os
-import stat
 import sys
 
-from ringfence.cli.options import add_policy_options, environment, request, split
-from ringfence.cli.terminal import RawTerminal, Signals, fill_standard_streams, window
+from ringfence.cli.flags import Flag, add_flags, quick
+from ringfence.cli.options import (
+    FIELDS,
+    JOB,
+    WHAT,
+    add_policy_options,
+    check_workdir,
+    environment,
+    request,
+    split,
+)
+from ringfence.cli.terminal import Signals, fill_standard_streams
 from ringfence.errors import UsageError, one_line
-from ringfence.sandbox import launch, protocol
+from ringfence.sandbox import launch
 from ringfence.sandbox.prepare import plan_for
-from ringfence.sandbox.run import Pipes, deadline_s, finish, start_job
-from ringfence.sandbox.streams import Attendance, Budget, Collect, Forward, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
+
     from ringfence.plan.document import Plan
     from ringfence.sandbox.launch import Running
-    from ringfence.sandbox.result import Result
-    from ringfence.sandbox.streams import Ending, Sink
 
 _EXAMPLE = """examples:
   ringfence run -- python3 -c 'print(sum(range(10)))'
   ringfence run --memory 512m --timeout 10s -v ./data:/data -- python3 /data/job.py
   ringfence run --policy strict.yaml --proof proof.json -- ./job
 """
-_SIGINT, _SIGWINCH, _SIGTERM = 2, 28, 15
-# Somebody who asks three times means it.
-_PATIENCE = 3
-# A terminal has no end of input: it has this key, twice where there is an unfinished line.
-_END_OF_INPUT = b"\x04\x04"
+
+FLAGS = (
+    Flag("-d", "--detach", kind="switch", help="leave it running and print its id"),
+    Flag("--interactive", kind="switch", help="pass the terminal's input on (-it: with --tty)"),
+    Flag("-t", "--tty", kind="switch", help="give the command a terminal of its own"),
+    Flag("--name", default="", metavar="NAME", help="call the sandbox NAME"),
+    Flag("--rm", kind="switch", help="with -d: remove it when it ends (always so without -d)"),
+    *JOB,
+    Flag("--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"),
+    Flag("--json", kind="switch", help="print one object with output, usage and verdict"),
+)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> "argparse.ArgumentParser":
     """Return the parser of ``run``."""
-    made = argparse.ArgumentParser(
+    import argparse
+
+    from ringfence.cli.parser import Parser
+
+    made = Parser(
         prog="ringfence run",
         usage="ringfence run [OPTIONS] [--] COMMAND [ARG ...]",
         description="Run COMMAND in a fresh sandbox, take the proof of what the kernel enforces, then let it go.",
@@ -44,21 +60,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
-    made.add_argument("-d", "--detach", action="store_true", help="leave it running and print its id")
-    made.add_argument(
-        "--interactive", action="store_true", help="pass the terminal's input on (-it: with --tty)"
-    )
-    made.add_argument("-t", "--tty", action="store_true", help="give the command a terminal of its own")
-    made.add_argument("--name", default="", metavar="NAME", help="call the sandbox NAME")
-    made.add_argument(
-        "--rm", action="store_true", help="with -d: remove it when it ends (always so without -d)"
-    )
-    made.add_argument("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment")
-    made.add_argument("-w", "--workdir", metavar="DIR", help="working directory inside, default /work")
-    made.add_argument(
-        "--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"
-    )
-    made.add_argument("--json", action="store_true", help="print one object with output, usage and verdict")
+    add_flags(made, FLAGS)
     add_policy_options(made)
     return made
 
@@ -67,30 +69,33 @@ def main(argv: list[str]) -> int:
     """Run the verb; see the module's docstring."""
     fill_standard_streams()
     words, command = split(argv)
-    args = parser().parse_args(words)
+    args = quick((*FLAGS, *WHAT, *FIELDS), words) or parser().parse_args(words)
     command = (args.command or []) + (command or [])
     if not command:
         raise UsageError("no command was given", hint="ringfence run -- COMMAND ARG ...")
     if args.json and (args.tty or args.detach):
         raise UsageError("--json goes with neither --tty nor --detach")
     _check_name(args.name)
+    check_workdir(args.workdir)
     env = environment(args.env)
     plan = plan_for(request(args))
-    for text in plan["warnings"]:
-        print(f"ringfence: warning: {one_line(text)}", file=sys.stderr)
     with Signals() as signals:
         return _run(args, command, env, plan, signals)
 
 
-def _run(args: argparse.Namespace, command: list[str], env: list[str], plan: "Plan", signals: Signals) -> int:
+def _run(
+    args: "argparse.Namespace", command: list[str], env: list[str], plan: "Plan", signals: Signals
+) -> int:
     proof_file = _ProofFile(args.proof)
     running = launch.prepare(
         plan, name=args.name, argv=command, detached=args.detach, remove=args.rm or not args.detach
     )
     keep = False
     try:
-        launch.start(running)
-        job = _Job(args, running, [os.fsencode(word) for word in command], env, signals)
+        launch.start(running, meanwhile=_load_the_rest)
+        from ringfence.cli.job import Job
+
+        job = Job(args, running, [os.fsencode(word) for word in command], env, signals)
         if args.detach:
             keep = job.detach()
             return 0
@@ -106,118 +111,9 @@ def _run(args: argparse.Namespace, command: list[str], env: list[str], plan: "Pl
             running.close()
 
 
-class _Job:
-    """One job of the command line, and its streams."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        running: "Running",
-        argv: list[bytes],
-        env: list[str],
-        signals: Signals,
-    ) -> None:
-        self.args = args
-        self.running = running
-        self.argv = argv
-        self.env = env
-        self.signals = signals
-        self.asked: dict[int, int] = {}
-
-    def detach(self) -> bool:
-        """Leave the job to its agent; True once it runs."""
-        log = os.open(
-            self.running.entry.log_path(),
-            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o600,
-        )
-        try:
-            self._start((log,), protocol.DETACH | (protocol.TTY if self.args.tty else 0))
-        finally:
-            os.close(log)
-        print(self.running.entry.id)
-        return True
-
-    def attend(self) -> int:
-        """Carry the streams until the job ends, and return the exit status."""
-        plan = self.running.plan
-        budget = Budget(plan["output_bytes"])
-        out: Sink = Collect() if self.args.json else Forward(1)
-        err: Sink = Collect() if self.args.json else Forward(2)
-        if self.args.tty:
-            ending = self._attend_tty(budget)
-        else:
-            ending = self._attend_pipes(budget, out, err)
-        result = finish(
-            self.running,
-            ending,
-            budget,
-            bytes(out.data) if isinstance(out, Collect) else b"",
-            bytes(err.data) if isinstance(err, Collect) else b"",
-        )
-        _explain(result, plan, budget)
-        if self.args.json:
-            print(_as_json(result, self.running))
-        return result.exit_status
-
-    def _start(self, descriptors: tuple[int, ...], flags: int = 0) -> None:
-        start_job(
-            self.running,
-            self.argv,
-            self.env,
-            self.args.workdir,
-            descriptors,
-            flags=flags,
-            window=window(1) if flags & protocol.TTY else (0, 0),
-        )
-
-    def _attend_pipes(self, budget: Budget, out: "Sink", err: "Sink") -> "Ending":
-        forwarded = self.args.interactive or not os.isatty(0)
-        direct = forwarded and _is_plain_pipe(0)
-        pipes = Pipes(stdin_fd=0 if direct else -1)
-        try:
-            self._start(tuple(pipes.theirs))
-            pipes.close_theirs()
-            source = None if direct else Source(pipes.take_input(), fd=0 if forwarded else -1)
-            return self._attendance(pipes.take_outputs(out, err), source, budget).run()
-        finally:
-            pipes.close()
-
-    def _attend_tty(self, budget: Budget) -> "Ending":
-        self._start((), protocol.TTY)
-        master, self.running.pty = self.running.pty, -1
-        source = Source(os.dup(master), fd=0 if self.args.interactive else -1, end=_END_OF_INPUT)
-        attendance = self._attendance({master: Forward(1)}, source, budget)
-        if self.args.interactive and os.isatty(0):
-            with RawTerminal(0):
-                return attendance.run()
-        return attendance.run()
-
-    def _attendance(self, outputs: "dict[int, Sink]", source: "Source | None", budget: Budget) -> Attendance:
-        return Attendance(
-            self.running,
-            outputs,
-            source,
-            budget=budget,
-            deadline_s=deadline_s(self.running),
-            wake_fd=self.signals.fd,
-            on_wake=self._pass_signals_on,
-        )
-
-    def _pass_signals_on(self) -> None:
-        connection = self.running.connection
-        for number in self.signals.read():
-            if connection is None:
-                return
-            if number == _SIGWINCH:
-                if self.args.tty:
-                    connection.send(protocol.encode_resize(*window(1)))
-                continue
-            self.asked[number] = self.asked.get(number, 0) + 1
-            if self.asked[number] >= _PATIENCE and number in (_SIGINT, _SIGTERM):
-                self.running.kill()
-            else:
-                connection.send(protocol.encode_signal(number))
+def _load_the_rest() -> None:
+    """Load what comes after the start while the runtime is at it."""
+    import ringfence.cli.job  # noqa: F401
 
 
 class _ProofFile:
@@ -262,54 +158,3 @@ def _check_name(name: str) -> None:
         raise UsageError(
             f"--name {name!r} is not made of letters, digits, - and _", hint="at most 64 of them"
         )
-
-
-def _is_plain_pipe(fd: int) -> bool:
-    """Say whether `fd` may be handed to a job as it is: the reading end of a pipe, and nothing else."""
-    import fcntl
-
-    readable_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-    return readable_only and stat.S_ISFIFO(os.fstat(fd).st_mode)
-
-
-def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
-    """Say on stderr what the exit status alone does not."""
-    if result.timed_out:
-        print(
-            f"ringfence: time limit of {plan['time_s']:g} s reached (limits.time, --timeout)", file=sys.stderr
-        )
-    if result.oom_killed:
-        limit = plan["oci"]["linux"]["resources"].get("memory", {}).get("limit")
-        size = f" of {limit / (1 << 20):g} MiB" if limit else ""
-        print(f"ringfence: out of memory: limit{size} reached (limits.memory, --memory)", file=sys.stderr)
-    if result.output_truncated:
-        print(
-            f"ringfence: output limit of {plan['output_bytes']} bytes reached, {budget.dropped_bytes} bytes dropped"
-            " (limits.output)",
-            file=sys.stderr,
-        )
-
-
-def _as_json(result: "Result", running: "Running") -> str:
-    import base64
-    import json
-
-    streams: dict[str, str] = {}
-    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
-        try:
-            streams[name] = data.decode()
-        except UnicodeDecodeError:
-            streams[f"{name}_base64"] = base64.b64encode(data).decode()
-    return json.dumps(
-        {
-            "sandbox": running.entry.id,
-            "exit_status": result.exit_status,
-            "signal": result.signal,
-            "timed_out": result.timed_out,
-            "oom_killed": result.oom_killed,
-            "output_truncated": result.output_truncated,
-            **streams,
-            "usage": result.usage.as_dict(),
-            "proof": result.proof,
-        }
-    )

@@ -1,7 +1,8 @@
 """The caller's side of a foreground job: signals that are passed on, and a terminal in raw mode."""
 
+# Not `signal`, which makes enums of all numbers: 3 ms of every start.
+import _signal  # type: ignore[import-not-found]
 import os
-import signal as _signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Signals:
         self, kind: "type[BaseException] | None", error: "BaseException | None", trace: "TracebackType | None"
     ) -> None:
         for number, handler in self._old.items():
-            _signal.signal(number, handler if handler is not None else _signal.SIG_DFL)  # type: ignore[arg-type]
+            _signal.signal(number, handler if handler is not None else _signal.SIG_DFL)
         _signal.set_wakeup_fd(self._old_wake)
         os.close(self.fd)
         os.close(self._writer)

@@ -143,12 +143,16 @@ def _switches() -> list[str]:
 
 
 def _mounts() -> list[str]:
-    """Name the device of the cgroup root and of each mount below it: another mount has another number."""
+    """Name the device of the cgroup root and of each mount below it, and whether it can be written to."""
     try:
         places = [_CGROUP_ROOT, *(f"{_CGROUP_ROOT}/{name}" for name in sorted(os.listdir(_CGROUP_ROOT)))]
     except OSError:
         return []
-    return [f"{place}:{os.stat(place).st_dev}" for place in places if os.path.isdir(place)]
+    return [
+        f"{place}:{os.stat(place).st_dev}:{os.statvfs(place).f_flag & os.ST_RDONLY}"
+        for place in places
+        if os.path.isdir(place)
+    ]
 
 
 def _programs() -> list[str]:

@@ -9,8 +9,8 @@ from ringfence.host.facts import Host, IdRange, Kvm, Lsm, SubordinateIds, UserNa
 from ringfence.host.kernelfiles import names, number, status_field, text
 from ringfence.host.runtimes import runtimes
 from ringfence.host.storage import block_device, filesystem_of, idmapped
+from ringfence.linux import capabilities as capability
 from ringfence.linux import paths
-from ringfence.policy.capabilities import CAPABILITIES
 
 # The names of runtime-spec rlimits in lower case without RLIMIT_.
 _LIMITS = """
@@ -139,8 +139,7 @@ def _directory(find: object) -> str:
 
 def _capabilities() -> tuple[str, ...]:
     word = status_field("CapEff")
-    bits = int(word, 16) if word else 0
-    return tuple(name for position, name in enumerate(CAPABILITIES) if bits >> position & 1)
+    return capability.names(int(word, 16) if word else 0)
 
 
 def _hard_limits() -> dict[str, int | None]:

@@ -1,5 +1,6 @@
 """The cells of the enforceability table for the linux tier: one small function for each mechanism."""
 
+import os
 from collections.abc import Callable
 
 import msgspec
@@ -12,6 +13,12 @@ _V1_ROOTLESS = "run as root, or on a host with cgroup v2: v1 has no safe delegat
 
 
 _ALLOW_USERNS = "allow user namespaces with that sysctl, or run as root"
+_PROFILE = "ringfence-default"
+_PROFILE_FILE = f"{os.path.dirname(__file__)}/apparmor/{_PROFILE}"
+_LOAD_PROFILE = (
+    f"as root: install -m 644 {_PROFILE_FILE} /etc/apparmor.d/"
+    f" && apparmor_parser --replace /etc/apparmor.d/{_PROFILE}"
+)
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +98,11 @@ def controller_lack(host: Host, controller: str) -> Answer | None:
     if facts.version == "none":
         return Answer(reason="no cgroup file system is mounted", hint="mount cgroup2 on /sys/fs/cgroup")
     if not facts.writable:
+        if not host.rootless:
+            return Answer(
+                reason=f"cgroup {facts.version} is mounted read-only",
+                hint="mount -o remount,rw the file systems below /sys/fs/cgroup",
+            )
         if facts.version != "v2":
             return Answer(
                 reason=f"this user may not make groups in cgroup {facts.version}", hint=_V1_ROOTLESS
@@ -143,10 +155,9 @@ def lsm(ask: Question) -> Answer:
     """An AppArmor profile; there is no SELinux label yet."""
     facts = ask.host.lsm
     if facts.apparmor and facts.apparmor_profile:
-        return Answer("AppArmor profile ringfence-default")
+        return Answer(f"AppArmor profile {_PROFILE}")
     if facts.apparmor:
-        hint = "load it with apparmor_parser as root"
-        return Answer(reason="the AppArmor profile ringfence-default is not loaded", hint=hint)
+        return Answer(reason=f"AppArmor is on, but the profile {_PROFILE} is not loaded", hint=_LOAD_PROFILE)
     if facts.selinux:
         return Answer(reason="Ringfence sets no SELinux label yet", hint="lsm: default goes without")
     return Answer(reason="neither AppArmor nor SELinux is active", hint="lsm: default goes without")
@@ -215,7 +226,7 @@ def io_write(kind: str) -> Cell:
             # Writeback is charged to the root group: cgroup-v1/blkio-controller.html, "What works".
             return Answer(
                 reason="cgroup v1 throttles direct and synchronous writes only, not those of the page cache",
-                hint=f"use a host with cgroup v2, or no rw mount, or --allow-unenforced {ask.field}",
+                hint="use a host with cgroup v2, or no rw mount",
             )
         return found
 
@@ -232,8 +243,7 @@ def _throttle(ask: Question, v1_file: str, v2_file: str) -> Answer:
     if ask.host.block is None:
         return Answer(
             reason=f"the disk below {ask.host.state_dir or 'the state directory'} is not known",
-            hint="keep the state on a file system on a disk (RINGFENCE_STATE_DIR), "
-            f"or --allow-unenforced {ask.field}",
+            hint="keep the state on a file system on a disk (RINGFENCE_STATE_DIR)",
         )
     where = f"{ask.host.block.number} {ask.host.block.name}".strip()
     return Answer(f"cgroup {'v2' if version_2 else 'v1'} {v2_file if version_2 else v1_file} ({where})")

@@ -13,22 +13,18 @@ import msgspec
 from ringfence.errors import MountError
 from ringfence.linux.paths import ROOT_RUN, ROOT_STATE
 from ringfence.policy.model import Mount, Policy
+from ringfence.policy.paths import RUNTIME_SOCKETS, dangerous
 
-Kind = Literal["directory", "file", "device"]
+Kind = Literal["directory", "file", "socket", "fifo", "device"]
 
-# Whoever can speak to one of these can start processes outside the sandbox.
-_SOCKETS = (
-    "/run/docker.sock",
-    "/run/containerd/containerd.sock",
-    "/run/crio/crio.sock",
-    "/run/podman/podman.sock",
-    "/run/dbus/system_bus_socket",
-    "/run/systemd/private",
-    "/run/buildkit/buildkitd.sock",
-)
-_KERNEL = ("/proc", "/sys", "/dev")
+# The owner of a source is the job's user inside: of these as a whole it would get every secret to read.
+_SECRET = ("/boot", "/etc", "/home", "/root", "/var", "/var/lib")
 # Writing to one of these as a whole is writing to the host.
-_SYSTEM = ("/bin", "/boot", "/etc", "/home", "/lib", "/lib64", "/opt", "/root", "/sbin", "/usr", "/var")
+_SYSTEM = ("/bin", "/lib", "/lib64", "/opt", "/sbin", "/usr")
+_OTHER_END = {
+    "socket": "a socket: whoever answers it is outside the sandbox",
+    "fifo": "a FIFO: whoever is at its other end is outside the sandbox",
+}
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -44,7 +40,8 @@ class Source(msgspec.Struct, frozen=True):
 def resolve_sources(policy: Policy, *, own: tuple[str, ...]) -> tuple[Source, ...]:
     """Resolve and judge every mount and device of `policy`; `own` are Ringfence's state and run directories.
 
-    Raises MountError for a source that is missing, dangerous without ``allow_dangerous``, or holds `own`.
+    Raises MountError for a source that is missing, a device, dangerous or reached through a symlink that leads
+    out of its directory without ``allow_dangerous``, or that shows `own`.
     """
     mounts = tuple(_resolve(mount, own) for mount in policy.filesystem.mounts)
     return mounts + tuple(_device(text) for text in policy.devices)
@@ -52,7 +49,7 @@ def resolve_sources(policy: Policy, *, own: tuple[str, ...]) -> tuple[Source, ..
 
 def _resolve(mount: Mount, own: tuple[str, ...]) -> Source:
     try:
-        source = os.path.realpath(mount.source, strict=True)
+        source, way_out = _follow(mount.source)
         found = os.lstat(source)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -65,14 +62,41 @@ def _resolve(mount: Mount, own: tuple[str, ...]) -> Source:
                 f"mount source {mount.source!r} shows Ringfence's own {directory}",
                 hint="mount a directory that holds only what the job needs",
             )
-    danger = _danger(source, found.st_mode, writes=mount.mode == "rw")
+    if way_out and not mount.allow_dangerous:
+        raise MountError(
+            f"mount source {mount.source!r}: the symbolic link {way_out} leads out of its directory, to {source}",
+            hint=f"if that is what you mean, write {source} itself",
+        )
+    kind = _kind(found.st_mode)
+    if kind == "device":
+        raise MountError(
+            f"mount source {mount.source!r} is a device node, and mounts are nodev",
+            hint="list it under devices (--device)",
+        )
+    danger = _danger(source, kind, writes=mount.mode == "rw")
     if danger and not mount.allow_dangerous:
         via = f" (really {source})" if source != mount.source else ""
         raise MountError(
-            f"mount source {mount.source!r}{via} {danger}",
+            f"mount source {mount.source!r}{via} is or holds {danger}",
             hint="choose a narrower one; if it must be, write allow_dangerous: true at the mount",
         )
-    return Source(mount.source, source, mount.target, _kind(found.st_mode), mount.mode == "ro")
+    return Source(mount.source, source, mount.target, kind, mount.mode == "ro")
+
+
+def _follow(path: str) -> tuple[str, str]:
+    """Return `path` without symlinks, and the first of them that leads out of the directory it lies in, or "".
+
+    Whoever may write to a directory, such as an earlier job, could otherwise have anything of the host shown to
+    the next one. Raises OSError for a path that leads nowhere, ValueError for one with a NUL.
+    """
+    here, way_out = "/", ""
+    for part in path.split("/"):
+        link = os.path.join(here, part)
+        real = os.path.realpath(link, strict=True)
+        if not _inside(real, here):
+            way_out = way_out or link
+        here = real
+    return here, way_out
 
 
 def _device(text: str) -> Source:
@@ -82,36 +106,27 @@ def _device(text: str) -> Source:
         mode = os.lstat(source).st_mode
     except OSError as error:
         raise MountError(f"device {path!r}: {error.strerror}", hint="'ls -l /dev' lists them") from error
-    if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) or not _inside(source, "/dev"):
+    if _kind(mode) != "device" or not _inside(source, "/dev"):
         raise MountError(f"{path!r} is not a device node in /dev", hint="name one, such as /dev/fuse")
     return Source(path, source, path, "device", False)
 
 
 def _kind(mode: int) -> Kind:
-    if stat.S_ISDIR(mode):
-        return "directory"
-    return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "file"
+    kinds: dict[int, Kind] = {stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "fifo" if stat.S_ISFIFO(mode) else "device")
 
 
-def _danger(source: str, mode: int, *, writes: bool) -> str:
+def _danger(source: str, kind: Kind, *, writes: bool) -> str:
     """Say why `source` must not be shown without the user's own words, "" when it may."""
-    if source == "/":
-        return "is the whole host"
-    for kernel in _KERNEL:
-        if _inside(source, kernel):
-            return f"belongs to the kernel's {kernel}"
-    if stat.S_ISSOCK(mode):
-        return "is a socket: whoever answers it is outside the sandbox"
-    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
-        return "is a device"
-    if stat.S_ISFIFO(mode):
-        return "is a FIFO: whoever reads it is outside the sandbox"
-    for path in _SOCKETS:
-        if _inside(os.path.realpath(path), source):
-            return f"holds the runtime socket {path}"
-    if writes and source in _SYSTEM:
-        return f"is the host's own {source}, writable"
-    return ""
+    why = dangerous(source) or _OTHER_END.get(kind, "")
+    if why:
+        return why
+    for name in sorted(RUNTIME_SOCKETS) if kind == "directory" else ():
+        if os.path.lexists(f"{source}/{name}"):
+            return f"the runtime socket {name}"
+    if source in _SECRET:
+        return f"secrets of the host: a job could read {source} as its owner"
+    return f"the host's own {source}, writable" if writes and source in _SYSTEM else ""
 
 
 def _inside(path: str, directory: str) -> bool:

@@ -43,3 +43,9 @@ NAMES = (
     "CAP_BPF",
     "CAP_CHECKPOINT_RESTORE",
 )
+
+
+def names(mask: int) -> tuple[str, ...]:
+    """Return the names of the bits of `mask`, as /proc/PID/status shows sets; "CAP_63" for one without a name."""
+    bits = (bit for bit in range(mask.bit_length()) if mask >> bit & 1)
+    return tuple(NAMES[bit] if bit < len(NAMES) else f"CAP_{bit}" for bit in bits)

@@ -81,7 +81,7 @@ class Bind(TypedDict):
     source: str
     at: str
     below: Literal["stage", "root"]
-    kind: Literal["directory", "file", "device"]
+    kind: Literal["directory", "file", "socket", "fifo", "device"]
     ids: Literal["image", "owner", "none"]
     read_only: bool
 
@@ -117,7 +117,7 @@ class Control(TypedDict):
 
 
 class Unenforced(TypedDict):
-    """A field that nothing here enforces and that the user let pass in so many words."""
+    """A field that nothing here enforces: the user let it pass in so many words, or (lsm) the policy does."""
 
     field: str
     reason: str
@@ -168,6 +168,5 @@ class Plan(TypedDict):
     oci: OciConfig
     controls: list[Control]
     unenforced: list[Unenforced]
-    warnings: list[str]
     summary: list[str]
     digest: NotRequired[str]

@@ -3,7 +3,7 @@
 import msgspec
 
 from ringfence.errors import HostError, NotEnforceable
-from ringfence.host.enforce import Enforcement, Tier, refusals, writes_to_disk
+from ringfence.host.enforce import Enforcement, Tier, enforcement, refusals, writes_to_disk
 from ringfence.host.facts import Host, Runtime, host_digest
 from ringfence.plan.config import RANGE_SIZE, config, config_controls
 from ringfence.plan.document import FORMAT, Control, Plan
@@ -88,8 +88,10 @@ def make_plan(
         "stage": ops,
         "oci": oci,
         "controls": controls,
-        "unenforced": [{"field": cell.field, "reason": cell.reason} for cell in unenforced],
-        "warnings": _warnings(policy, host),
+        "unenforced": [
+            {"field": cell.field, "reason": cell.reason}
+            for cell in (*unenforced, *_label(policy, tier, host))
+        ],
         "summary": [f"seccomp {seccomp.summary}"],
     }
     plan["digest"] = plan_digest(plan)
@@ -187,8 +189,8 @@ def _layout(host: Host) -> dict[str, object]:
     }
 
 
-def _warnings(policy: Policy, host: Host) -> list[str]:
-    found = []
-    if host.lsm.apparmor and not host.lsm.apparmor_profile and policy.lsm == "default":
-        found.append("AppArmor is on but the profile ringfence-default is not loaded: see 'ringfence doctor'")
-    return found
+def _label(policy: Policy, tier: Tier, host: Host) -> list[Enforcement]:
+    """Return the label that the job goes without although the host could give one, which `lsm: default` allows."""
+    if policy.lsm == "default" and host.lsm.apparmor and not host.lsm.apparmor_profile:
+        return [enforcement("lsm", tier, host)]
+    return []

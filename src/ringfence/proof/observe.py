@@ -138,13 +138,9 @@ def _inside(subject: Subject, host_id: int) -> int:
 
 
 def _capabilities(mask: int) -> list[str]:
-    from ringfence.linux.capabilities import NAMES
+    from ringfence.linux.capabilities import names
 
-    return sorted(
-        NAMES[bit] if bit < len(NAMES) else f"CAP_{bit}"
-        for bit in range(mask.bit_length())
-        if mask >> bit & 1
-    )
+    return sorted(names(mask)) if mask else []
 
 
 def _range(subject: Subject) -> Seen:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from ringfence.errors import HostError, RingfenceError
 from ringfence.linux import libc
 from ringfence.linux.userns import make_userns
+from ringfence.plainjson import dumps
 from ringfence.runtime.base import Starting
 from ringfence.runtime.bundle import instantiate
 from ringfence.runtime.stage import Ids, Stager
@@ -63,16 +63,23 @@ def _set_up(
 
 
 def write_config(plan: Plan, instance: Instance, *, root: str, userns: str) -> None:
-    """Write the bundle's config.json; raises OSError."""
+    """Write the bundle's config.json. Raises HostError when the disk does not take it."""
     oci = instantiate(plan, instance, root=root, userns=userns)
+    path = f"{instance.directory}/config.json"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(f"{instance.directory}/config.json", flags, 0o600)
     try:
-        data = memoryview(json.dumps(oci, separators=(",", ":")).encode())
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
+        fd = os.open(path, flags, 0o600)
+        try:
+            data = memoryview(dumps(oci).encode())
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise HostError(
+            f"cannot write {path}: {error.strerror}",
+            hint="free some space there, or set RINGFENCE_RUN_DIR",
+        ) from error
 
 
 def command(plan: Plan, instance: Instance, *, preserve: int, options: tuple[str, ...] = ()) -> list[str]:

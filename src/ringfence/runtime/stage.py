@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ringfence.plan.document import Bind, Op, Overlay, Owner
 
 _MOST_BYTES = 1 << 20
-_KINDS = {"directory": stat.S_IFDIR, "file": stat.S_IFREG}
+_KINDS = {
+    "directory": stat.S_IFDIR,
+    "file": stat.S_IFREG,
+    "socket": stat.S_IFSOCK,
+    "fifo": stat.S_IFIFO,
+}
 
 
 class Ids:
@@ -161,17 +166,30 @@ class Stager:
         return make_userns(self.agent, [(uid, job[0], 1)], [(gid, job[1], 1)])
 
     def _attach(self, tree: int, op: Bind) -> None:
+        if op["below"] == "root":
+            self._not_through_link(op["at"])
         # Below the root lie files of an image or of an earlier mount: no symlink in them may lead elsewhere.
-        below = os.open("root" if op["below"] == "root" else ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            resolve = libc.RESOLVE_IN_ROOT | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
-            target = libc.openat2(below, op["at"], os.O_PATH, resolve)
-        finally:
-            os.close(below)
+        target = _open_target("root" if op["below"] == "root" else ".", op["at"])
         try:
             libc.attach_tree(tree, target)
         finally:
             os.close(target)
+
+    def _not_through_link(self, at: str) -> None:
+        """Refuse /bin/x where the image has a symlink /bin: a directory of ours would hide all that it leads to."""
+        try:
+            os.close(_open_target("image", at, os.O_NOFOLLOW))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+
+def _open_target(below: str, at: str, flags: int = 0) -> int:
+    root = os.open(below, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        resolve = libc.RESOLVE_IN_ROOT | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
+        return libc.openat2(root, at, os.O_PATH | flags, resolve)
+    finally:
+        os.close(root)
 
 
 def _open_plain(path: str) -> int:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import _socket
 import os
 import select
-import struct
 import time
+from _struct import Struct
 
 from ringfence.cgroup.group import Cgroup
 from ringfence.cgroup.layout import Layout
 from ringfence.errors import HostError, ProofError, SandboxError
-from ringfence.proof.observe import Subject
-from ringfence.proof.prove import failures, prove
 from ringfence.runtime.base import Instance
 from ringfence.sandbox import protocol, ranges, reap, store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ringfence.plan.document import Plan
     from ringfence.proof.prove import Proof
@@ -31,9 +29,13 @@ if TYPE_CHECKING:
 
 # A start takes tens of milliseconds; on a machine that swaps it may take seconds.
 START_TIMEOUT_S = 30.0
+# What a runtime writes beside the bundle; with less left, the disk is why it failed.
+_ROOM_BYTES, _ROOM_FILES = 1 << 17, 16
+# `ps` shows the beginning of a command line; a record must stay small enough to be read back.
+_SHOWN_WORDS, _SHOWN_CHARACTERS = 64, 1024
 _SO_PASSCRED = 16
 _SCM_CREDENTIALS = 2
-_UCRED = struct.Struct("=iII")
+_UCRED = Struct("=iII")
 _STAGES = {
     protocol.STAGE_FORK: "the job's process could not be made",
     protocol.STAGE_DESCRIPTORS: "its standard streams could not be set up",
@@ -108,9 +110,14 @@ class Running:
         self.proof: Proof | None = None
         self.started_s = 0.0
 
+    def owner(self) -> tuple[int, int]:
+        """Return the job's uid and gid on the host, (-1, -1) where nothing can be given to them (rootless)."""
+        user, base = self.plan["user"], self.instance.base
+        return (-1, -1) if self.plan["rootless"] else (base + user["uid"], base + user["gid"])
+
     def kill(self) -> None:
         """Kill the sandbox: its pid namespace dies with the agent. Waits until it is gone."""
-        if self.pidfd >= 0:
+        if not self.wait_gone(0):
             import signal
 
             try:
@@ -179,7 +186,7 @@ def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remov
             {
                 "id": entry.id,
                 "name": name,
-                "argv": list(argv),
+                "argv": [word[:_SHOWN_CHARACTERS] for word in argv[:_SHOWN_WORDS]],
                 "created_ns": time.time_ns(),
                 "image": plan["image"]["name"],
                 "isolation": plan["isolation"],
@@ -206,8 +213,12 @@ def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remov
         raise
 
 
-def start(running: Running) -> None:
-    """Start the runtime and wait until the agent stands at the gate. Raises SandboxError, HostError, MountError."""
+def start(running: Running, *, meanwhile: Callable[[], object] | None = None) -> None:
+    """Start the runtime and wait until the agent stands at the gate.
+
+    `meanwhile` is called while the runtime is at work, for tens of milliseconds: the time to import what comes
+    afterwards. Raises SandboxError, HostError, MountError.
+    """
     from ringfence.runtime.linux import start as start_linux
 
     ours, theirs = _socket_pair()
@@ -222,7 +233,11 @@ def start(running: Running) -> None:
         theirs.close()
         listener.close()
     running.connection = protocol.Connection(ours)
-    running.agent_pid = _greeted_by(ours, running.starting)
+    if meanwhile is not None:
+        meanwhile()
+    import ringfence.proof.prove  # noqa: F401
+
+    running.agent_pid = _greeted_by(ours, running)
     running.pidfd = os.pidfd_open(running.agent_pid)
     if running.cgroup is not None and running.plan["deny_devices"]:
         running.cgroup.deny_devices(running.plan["deny_devices"])
@@ -254,6 +269,9 @@ def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
 
 def prove_held(running: Running, reported_descriptors: int) -> Proof:
     """Take the proof of the held job. Raises ProofError if any asked control was not observed."""
+    from ringfence.proof.observe import Subject
+    from ringfence.proof.prove import failures, prove
+
     subject = Subject(
         pid=running.job_pid,
         base=running.instance.base,
@@ -296,13 +314,17 @@ def _socket_pair() -> tuple[_socket.socket, _socket.socket]:
 
 def _listener(path: str) -> _socket.socket:
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    listener.bind(path)
-    os.chmod(path, 0o600)
-    listener.listen(8)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise SandboxError(f"cannot make {path}: {error.strerror or error}", hint=store.NO_ROOM) from error
     return listener
 
 
-def _greeted_by(sock: _socket.socket, starting: Starting) -> int:
+def _greeted_by(sock: _socket.socket, running: Running) -> int:
     """Return the pid of whoever speaks on the other end, in the kernel's words: unix(7), SCM_CREDENTIALS."""
     space = _socket.CMSG_SPACE(_UCRED.size)
     try:
@@ -314,7 +336,7 @@ def _greeted_by(sock: _socket.socket, starting: Starting) -> int:
     finally:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 0)
     if not data:
-        raise _runtime_error(starting)
+        raise _runtime_error(running)
     for level, kind, value in ancillary:
         if level == _socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
             pid: int = _UCRED.unpack(value)[0]
@@ -323,12 +345,16 @@ def _greeted_by(sock: _socket.socket, starting: Starting) -> int:
     raise SandboxError("the kernel does not say who the agent is", hint="is this a nested pid namespace?")
 
 
-def _runtime_error(starting: Starting) -> HostError:
+def _runtime_error(running: Running) -> HostError:
+    starting, directory = running.starting, running.entry.directory
+    assert starting is not None  # noqa: S101 - start() has set it
     status = starting.wait()
     said = starting.words(600).replace("\n", "; ")
+    found = os.statvfs(directory)
+    full = found.f_bavail * found.f_frsize < _ROOM_BYTES or found.f_favail < _ROOM_FILES
     return HostError(
         f"the runtime could not start the sandbox (exit status {status}): {said or 'it said nothing'}",
-        hint="'ringfence doctor' checks this host",
+        hint=f"{directory} is full: {store.NO_ROOM}" if full else "'ringfence doctor' checks this host",
     )
 
 

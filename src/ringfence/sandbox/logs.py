@@ -49,6 +49,14 @@ def end_of(path: str) -> End | None:
     return None
 
 
+def utc(time_ns: int) -> str:
+    """Return a time since 1970 in the form of RFC 3339, e.g. "2026-01-31T23:59:59.123Z"."""
+    import time
+
+    seconds, rest = divmod(time_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest // 1_000_000:03}Z"
+
+
 def follow(path: str, *, wait: Callable[[], bool] | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Yield (time in ns, stream, bytes) of each record as it is there; stops at the end record.
 

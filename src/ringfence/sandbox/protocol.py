@@ -3,7 +3,7 @@
 What arrives here comes out of a sandbox: sizes, types and descriptor counts are checked first.
 """
 
-import struct
+import _struct as struct
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
 from os import close
 

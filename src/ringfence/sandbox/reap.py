@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 from ringfence.errors import HostError, RingfenceError
+from ringfence.linux import paths
 from ringfence.sandbox import ranges, store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.cgroup.group import Cgroup
+    from ringfence.cgroup.layout import Layout
     from ringfence.sandbox.store import Entry
 
 # In the directory of a detached sandbox that has ended, until `rm`.
@@ -17,14 +19,15 @@ _KEPT = frozenset({"record.json", "ended.json", "proof.json"})
 
 
 class Swept:
-    """What a sweep came to: sandboxes dealt with, and why others could not be, in words."""
+    """What a sweep came to: sandboxes dealt with, id ranges found beside, and what went wrong, in words."""
 
-    __slots__ = ("ids", "problems")
+    __slots__ = ("ids", "problems", "ranges")
 
     def __init__(self) -> None:
         """Nothing yet."""
         self.ids: list[str] = []
         self.problems: list[str] = []
+        self.ranges: list[int] = []
 
 
 def sweep() -> Swept:
@@ -44,13 +47,78 @@ def sweep() -> Swept:
                 entry.unlock()
     if swept.ids:
         # Who was killed before he had written his record may have had a range.
-        give_back_ranges()
+        swept.ranges = _give_back_ranges()
     store.remove_unfinished()
     return swept
 
 
-def give_back_ranges() -> list[int]:
-    """Give back the id ranges of sandboxes whose directory is gone, and return them."""
+class Collected:
+    """What `collect` came to, in words: removed, left alone although it may be rubbish, could not be removed."""
+
+    __slots__ = ("kept", "problems", "removed")
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.removed: list[str] = []
+        self.kept: list[str] = []
+        self.problems: list[str] = []
+
+
+def collect(layout: Layout | None) -> Collected:
+    """Do what `sweep` does, and also find what lost its directory; `layout` is where this host's cgroups are."""
+    found = Collected()
+    found.removed += [f"directory {name}" for name in store.remove_unfinished()]
+    swept = sweep()
+    found.removed += [f"what was left of sandbox {sandbox}" for sandbox in swept.ids]
+    found.problems += swept.problems
+    if layout is not None:
+        _collect_groups(layout, found)
+    found.removed += [f"id range {base}" for base in (*swept.ranges, *_give_back_ranges())]
+    found.removed += [f"log {sandbox}" for sandbox in store.remove_stray_logs()]
+    return found
+
+
+def _collect_groups(layout: Layout, found: Collected) -> None:
+    from ringfence.cgroup.group import Cgroup, leftovers
+
+    groups = leftovers(layout)
+    # Read in this order: a sandbox has its directory and range before its cgroup, and loses them after it.
+    known = {entry.id for entry in store.entries()} | _ids_with_a_range()
+    for sandbox in groups:
+        if sandbox in known:
+            continue
+        group = Cgroup(layout, layout.path(sandbox))
+        pids = group.procs()
+        if pids:
+            found.kept.append(
+                f"cgroup {group.path}: process {pids[0]} lives in it, and no sandbox here is called that;"
+                " perhaps of another RINGFENCE_RUN_DIR"
+            )
+            continue
+        try:
+            group.remove()
+            found.removed.append(f"cgroup {group.path}")
+        except HostError as error:
+            found.problems.append(str(error))
+
+
+def _ids_with_a_range() -> set[str]:
+    """Return the ids of the sandboxes of all run directories of this user that have an id range."""
+    home = f"{paths.ROOT_RUN if os.geteuid() == 0 else paths.run_dir()}/ranges"
+    ids = set()
+    for name in os.listdir(home) if os.path.isdir(home) else ():
+        try:
+            fd = os.open(f"{home}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            ids.add(os.path.basename(os.fsdecode(os.read(fd, 4096))))
+        finally:
+            os.close(fd)
+    return ids
+
+
+def _give_back_ranges() -> list[int]:
     return list(ranges.abandoned(rootless=os.geteuid() != 0))
 
 

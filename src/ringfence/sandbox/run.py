@@ -73,7 +73,7 @@ def run(
 def _captured(
     running: Running, argv: Sequence[bytes], env: Sequence[str], cwd: str | None, stdin: bytes
 ) -> Result:
-    pipes = Pipes()
+    pipes = Pipes(running.owner())
     out, err = Collect(), Collect()
     plan = running.plan
     limit = plan["output_bytes"]
@@ -173,8 +173,11 @@ class Pipes:
 
     __slots__ = ("_input", "_outputs", "theirs")
 
-    def __init__(self, stdin_fd: int = -1) -> None:
-        """Open them close-on-exec; they reach the job as passed descriptors only."""
+    def __init__(self, owner: tuple[int, int], stdin_fd: int = -1) -> None:
+        """Open them close-on-exec; they reach the job as passed descriptors only.
+
+        `owner` are the job's host ids, `Running.owner`: opening /dev/stdout by name opens the pipe anew.
+        """
         self.theirs: list[int] = []
         self._outputs: list[int] = []
         self._input = -1
@@ -183,10 +186,12 @@ class Pipes:
         else:
             reader, self._input = os.pipe2(os.O_CLOEXEC)
             self.theirs.append(reader)
+            os.fchown(reader, *owner)
         for _ in range(2):
             reader, writer = os.pipe2(os.O_CLOEXEC)
             self._outputs.append(reader)
             self.theirs.append(writer)
+            os.fchown(writer, *owner)
 
     def close_theirs(self) -> None:
         """Close the job's ends, which it has by now."""

@@ -9,11 +9,11 @@ On the way of every run: imports only `os` and `fcntl`.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 
 from ringfence.errors import SandboxError, UsageError
 from ringfence.linux.paths import run_dir, state_dir
+from ringfence.plainjson import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,18 +26,20 @@ LOCK = "lock"
 _RECORD = "record.json"
 _ENDED = "ended.json"
 _MOST_BYTES = 1 << 20
+NO_ROOM = "free some space there, or set RINGFENCE_RUN_DIR"
 
 
 class Entry:
     """The directory of one sandbox, `lock_fd` >= 0 while this process holds its lock."""
 
-    __slots__ = ("directory", "id", "lock_fd")
+    __slots__ = ("_record", "directory", "id", "lock_fd")
 
     def __init__(self, directory: str, lock_fd: int = -1) -> None:
         """Name the directory; nothing is read."""
         self.directory = directory
         self.id = os.path.basename(directory)
         self.lock_fd = lock_fd
+        self._record: dict[str, object] | None = None
 
     def path(self, name: str) -> str:
         """Return the path of file `name` of this sandbox."""
@@ -48,15 +50,16 @@ class Entry:
         return f"{_logs_of(os.path.dirname(os.path.dirname(self.directory)))}/{self.id}"
 
     def write_record(self, record: Mapping[str, object]) -> None:
-        """Write what `ps` and `gc` need to know; raises OSError."""
+        """Write what `ps` and `gc` need to know, in less than 1 MiB. Raises SandboxError."""
         _write(self.directory, _RECORD, record)
+        self._record = dict(record)
 
     def record(self) -> dict[str, object]:
-        """Return the record, {} when there is none yet or it is damaged."""
-        return _read(self.path(_RECORD))
+        """Return the record, {} when there is none yet or it is damaged; whoever wrote it reads no file."""
+        return _read(self.path(_RECORD)) if self._record is None else self._record
 
     def write_ended(self, ended: Mapping[str, object]) -> None:
-        """Write what is known of the end of a detached sandbox."""
+        """Write what is known of the end of a detached sandbox. Raises SandboxError."""
         _write(self.directory, _ENDED, ended)
 
     def ended(self) -> dict[str, object]:
@@ -126,6 +129,8 @@ def remove_stray_logs() -> list[str]:
     removed = []
     run, home = run_dir(), _logs_home()
     for name in os.listdir(home):
+        if not name.startswith("%2F"):
+            continue
         logs, whose = f"{home}/{name}", name.replace("%2F", "/").replace("%25", "%")
         for log in os.listdir(logs):
             # A log is made after its sandbox and removed before it.
@@ -161,9 +166,8 @@ def create() -> Entry:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.rename(new, final)
     except OSError as error:
-        raise SandboxError(
-            f"cannot make {final}: {error.strerror}", hint="free some space there, or set RINGFENCE_RUN_DIR"
-        ) from error
+        remove_tree(new)
+        raise SandboxError(f"cannot make {final}: {error.strerror}", hint=NO_ROOM) from error
     finally:
         os.close(guard)
     return Entry(final, fd)
@@ -258,17 +262,22 @@ def _made(path: str, mode: int) -> str:
 
 def _write(directory: str, name: str, value: Mapping[str, object]) -> None:
     temporary = f"{directory}/.{name}.{os.getpid()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        data = memoryview(json.dumps(value).encode())
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
-    os.rename(temporary, f"{directory}/{name}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            data = memoryview(dumps(value).encode())
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+        os.rename(temporary, f"{directory}/{name}")
+    except OSError as error:
+        raise SandboxError(f"cannot write {directory}/{name}: {error.strerror}", hint=NO_ROOM) from error
 
 
 def _read(path: str) -> dict[str, object]:
+    import json  # not on the way of a run that finds nothing to clean up
+
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

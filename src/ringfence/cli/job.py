@@ -1,0 +1,190 @@
+"""A job of the command line and its streams, from the gate to the exit status."""
+
+import os
+import stat
+import sys
+
+from ringfence.cli.terminal import RawTerminal, Signals, window
+from ringfence.sandbox import protocol
+from ringfence.sandbox.run import Pipes, deadline_s, finish, start_job
+from ringfence.sandbox.streams import Attendance, Budget, Collect, Forward, Source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from ringfence.plan.document import Plan
+    from ringfence.sandbox.launch import Running
+    from ringfence.sandbox.result import Result
+    from ringfence.sandbox.streams import Ending, Sink
+
+_SIGINT, _SIGWINCH, _SIGTERM = 2, 28, 15
+# Somebody who asks three times means it.
+_PATIENCE = 3
+# A terminal has no end of input: it has this key, twice where there is an unfinished line.
+_END_OF_INPUT = b"\x04\x04"
+
+
+class Job:
+    """One job of the command line, and its streams."""
+
+    def __init__(
+        self,
+        args: "argparse.Namespace",
+        running: "Running",
+        argv: list[bytes],
+        env: list[str],
+        signals: Signals,
+    ) -> None:
+        self.args = args
+        self.running = running
+        self.argv = argv
+        self.env = env
+        self.signals = signals
+        self.asked: dict[int, int] = {}
+
+    def detach(self) -> bool:
+        """Leave the job to its agent; True once it runs."""
+        log = os.open(
+            self.running.entry.log_path(),
+            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+            0o600,
+        )
+        try:
+            self._start((log,), protocol.DETACH | (protocol.TTY if self.args.tty else 0))
+        finally:
+            os.close(log)
+        print(self.running.entry.id)
+        return True
+
+    def attend(self) -> int:
+        """Carry the streams until the job ends, and return the exit status."""
+        plan = self.running.plan
+        budget = Budget(plan["output_bytes"])
+        out: Sink = Collect() if self.args.json else Forward(1)
+        err: Sink = Collect() if self.args.json else Forward(2)
+        if self.args.tty:
+            ending = self._attend_tty(budget)
+        else:
+            ending = self._attend_pipes(budget, out, err)
+        result = finish(
+            self.running,
+            ending,
+            budget,
+            bytes(out.data) if isinstance(out, Collect) else b"",
+            bytes(err.data) if isinstance(err, Collect) else b"",
+        )
+        _explain(result, plan, budget)
+        if self.args.json:
+            print(_as_json(result, self.running))
+        return result.exit_status
+
+    def _start(self, descriptors: tuple[int, ...], flags: int = 0) -> None:
+        start_job(
+            self.running,
+            self.argv,
+            self.env,
+            self.args.workdir,
+            descriptors,
+            flags=flags,
+            window=window(1) if flags & protocol.TTY else (0, 0),
+        )
+
+    def _attend_pipes(self, budget: Budget, out: "Sink", err: "Sink") -> "Ending":
+        forwarded = self.args.interactive or not os.isatty(0)
+        direct = forwarded and _is_plain_pipe(0)
+        pipes = Pipes(self.running.owner(), stdin_fd=0 if direct else -1)
+        try:
+            self._start(tuple(pipes.theirs))
+            pipes.close_theirs()
+            source = None if direct else Source(pipes.take_input(), fd=0 if forwarded else -1)
+            return self._attendance(pipes.take_outputs(out, err), source, budget).run()
+        finally:
+            pipes.close()
+
+    def _attend_tty(self, budget: Budget) -> "Ending":
+        self._start((), protocol.TTY)
+        master, self.running.pty = self.running.pty, -1
+        source = Source(os.dup(master), fd=0 if self.args.interactive else -1, end=_END_OF_INPUT)
+        attendance = self._attendance({master: Forward(1)}, source, budget)
+        if self.args.interactive and os.isatty(0):
+            with RawTerminal(0):
+                return attendance.run()
+        return attendance.run()
+
+    def _attendance(self, outputs: "dict[int, Sink]", source: "Source | None", budget: Budget) -> Attendance:
+        return Attendance(
+            self.running,
+            outputs,
+            source,
+            budget=budget,
+            deadline_s=deadline_s(self.running),
+            wake_fd=self.signals.fd,
+            on_wake=self._pass_signals_on,
+        )
+
+    def _pass_signals_on(self) -> None:
+        connection = self.running.connection
+        for number in self.signals.read():
+            if connection is None:
+                return
+            if number == _SIGWINCH:
+                if self.args.tty:
+                    connection.send(protocol.encode_resize(*window(1)))
+                continue
+            self.asked[number] = self.asked.get(number, 0) + 1
+            if self.asked[number] >= _PATIENCE and number in (_SIGINT, _SIGTERM):
+                self.running.kill()
+            else:
+                connection.send(protocol.encode_signal(number))
+
+
+def _is_plain_pipe(fd: int) -> bool:
+    """Say whether `fd` may be handed to a job as it is: the reading end of a pipe, and nothing else."""
+    import fcntl
+
+    readable_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    return readable_only and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
+    """Say on stderr what the exit status alone does not."""
+    if result.timed_out:
+        print(
+            f"ringfence: time limit of {plan['time_s']:g} s reached (limits.time, --timeout)", file=sys.stderr
+        )
+    if result.oom_killed:
+        limit = plan["oci"]["linux"]["resources"].get("memory", {}).get("limit")
+        size = f" of {limit / (1 << 20):g} MiB" if limit else ""
+        print(f"ringfence: out of memory: limit{size} reached (limits.memory, --memory)", file=sys.stderr)
+    if result.output_truncated:
+        print(
+            f"ringfence: output limit of {plan['output_bytes']} bytes reached, {budget.dropped_bytes} bytes dropped"
+            " (limits.output)",
+            file=sys.stderr,
+        )
+
+
+def _as_json(result: "Result", running: "Running") -> str:
+    import base64
+    import json
+
+    streams: dict[str, str] = {}
+    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+        try:
+            streams[name] = data.decode()
+        except UnicodeDecodeError:
+            streams[f"{name}_base64"] = base64.b64encode(data).decode()
+    return json.dumps(
+        {
+            "sandbox": running.entry.id,
+            "exit_status": result.exit_status,
+            "signal": result.signal,
+            "timed_out": result.timed_out,
+            "oom_killed": result.oom_killed,
+            "output_truncated": result.output_truncated,
+            **streams,
+            "usage": result.usage.as_dict(),
+            "proof": result.proof,
+        }
+    )
