@@ -64,7 +64,13 @@ class Bundle:
         argv += ["--bundle", f"{self.directory}/{runtime}", name]
 
         def body() -> None:
-            pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath})
+            # Pipes, as in the tier itself: crun gives its standard streams to the sandbox's user, and without
+            # them that would be the host's /dev/null or terminal.
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            actions = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate((reader, writer, writer))]
+            pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath}, file_actions=actions)
+            os.close(reader)
+            os.close(writer)
             if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
                 raise RuntimeError(f"{runtime} failed")
 

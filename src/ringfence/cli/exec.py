@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from ringfence.cli.options import environment, split
+from ringfence.cli.options import check_workdir, environment, split
 from ringfence.cli.parser import Parser
 from ringfence.cli.terminal import RawTerminal, Signals, fill_standard_streams, window
 from ringfence.errors import SandboxError, UsageError, one_line
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     command = args.command + (command or [])
     if not command:
         raise UsageError("no command was given", hint="ringfence exec NAME -- COMMAND ARG ...")
+    check_workdir(args.workdir)
     given = environment(args.env)
     entry = _find(args.name)
     record = entry.record()
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         [os.fsencode(word) for word in command],
         [os.fsencode(item) for item in env],
         os.fsencode(args.workdir or str(record.get("cwd", "/"))),
-        flags=protocol.TTY if args.tty else 0,
+        flags=protocol.HOLD | (protocol.TTY if args.tty else 0),
         cols=window(1)[0] if args.tty else 0,
         rows=window(1)[1] if args.tty else 0,
     )

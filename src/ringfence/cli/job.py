@@ -75,6 +75,8 @@ class Job:
             bytes(err.data) if isinstance(err, Collect) else b"",
         )
         _explain(result, plan, budget)
+        if self.args.usage:
+            print(f"ringfence: used {_usage(result)}", file=sys.stderr)
         if self.args.json:
             print(_as_json(result, self.running))
         return result.exit_status
@@ -163,6 +165,17 @@ def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
             " (limits.output)",
             file=sys.stderr,
         )
+
+
+def _usage(result: "Result") -> str:
+    used = result.usage
+    moved = f"{_mib(used.io_read_bytes)} read from and {_mib(used.io_write_bytes)} written to disk"
+    cpu = "unknown CPU time" if used.cpu_s is None else f"{used.cpu_s:.3f} s of CPU"
+    return f"{used.wall_s:.3f} s, {cpu}, at most {_mib(used.memory_peak_bytes)} of memory, {moved}"
+
+
+def _mib(size_bytes: int | None) -> str:
+    return "an unknown amount" if size_bytes is None else f"{size_bytes / (1 << 20):.1f} MiB"
 
 
 def _as_json(result: "Result", running: "Running") -> str:

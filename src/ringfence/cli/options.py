@@ -32,8 +32,8 @@ WHAT = (
     Flag(
         "--allow-unenforced",
         kind="list",
-        metavar="FIELD",
-        help="run although this field of the policy cannot be enforced here; the proof says so",
+        metavar="FIELD,...",
+        help="run although these fields of the policy cannot be enforced here; the proof says so",
     ),
 )
 FIELDS = (
@@ -127,7 +127,7 @@ def request(args: "argparse.Namespace") -> Request:
         image=args.image,
         rootfs=args.rootfs,
         runtime=args.runtime or "",
-        allow_unenforced=tuple(args.allow_unenforced),
+        allow_unenforced=tuple(field for item in args.allow_unenforced for field in item.split(",")),
     )
 
 

@@ -11,7 +11,7 @@ from ringfence.sandbox.run import merged_env
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ringfence.plan.document import Plan
+    from ringfence.plan.document import Control, Plan
 
 _EXAMPLE = """examples:
   ringfence plan -- python3 job.py
@@ -57,7 +57,6 @@ def main(argv: list[str]) -> int:
 
 def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[str]:
     from ringfence.plan.describe import describe
-    from ringfence.proof.prove import words
 
     oci, user = plan["oci"], plan["user"]
     lines = [
@@ -80,8 +79,14 @@ def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[s
         ),
         "",
         "controls that the proof must find:",
-        *(f"  {control['name']} = {one_line(words(control['asked']))}" for control in plan["controls"]),
+        *(f"  {control['name']} = {_asked(control)}" for control in plan["controls"]),
     ]
     for item in plan["unenforced"]:
         lines.append(f"  {item['field']}: NOT enforced, as allowed: {item['reason']}")
     return lines
+
+
+def _asked(control: "Control") -> str:
+    from ringfence.proof.prove import words
+
+    return "(set for each sandbox)" if control["asked"] is None else one_line(words(control["asked"]))

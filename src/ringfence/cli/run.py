@@ -40,6 +40,7 @@ FLAGS = (
     Flag("--rm", kind="switch", help="with -d: remove it when it ends (always so without -d)"),
     *JOB,
     Flag("--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"),
+    Flag("--usage", kind="switch", help="print on stderr what it used"),
     Flag("--json", kind="switch", help="print one object with output, usage and verdict"),
 )
 

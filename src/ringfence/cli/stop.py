@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)  # a ValueError becomes argparse's own message
+    from argparse import ArgumentTypeError
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
     if not 0 <= seconds <= _MOST_S:
-        raise ValueError
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_MOST_S:.0f}")
     return seconds

@@ -3,6 +3,7 @@
 # Not `signal`, which makes enums of all numbers: 3 ms of every start.
 import _signal  # type: ignore[import-not-found]
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,3 +96,5 @@ def fill_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open("/dev/null", os.O_RDWR)  # the lowest free number is this one
+    if sys.stderr is None:  # print() would take None for standard output
+        sys.stderr = os.fdopen(2, "w", closefd=False)

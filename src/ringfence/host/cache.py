@@ -30,6 +30,7 @@ _SWITCHES = (
     "/sys/devices/system/cpu/online",
     "/sys/devices/system/cpu/smt/active",
     "/sys/kernel/mm/ksm/run",
+    "/sys/kernel/security/apparmor/profiles",
     "/sys/fs/cgroup/cgroup.controllers",
     "/sys/fs/cgroup/unified/cgroup.controllers",
 )

@@ -9,9 +9,9 @@ from ringfence.host.enforce import Tier, enforcement
 from ringfence.host.facts import Host
 
 Level = Literal["ok", "warn", "missing"]
-# The linux tier cannot do without close_range(2); idmapped mounts came a little later.
+# The linux tier cannot do without close_range(2); overlays of idmapped layers came later.
 _KERNEL_NEEDED = (5, 9)
-_KERNEL_WANTED = (5, 12)
+_KERNEL_WANTED = (5, 19)
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 # What the limits of every preset need; io is apart, since it matters only with a disk to write to.
 _CONTROLS = ("limits.memory", "limits.cpus", "limits.pids", "limits.cpuset")
@@ -100,9 +100,9 @@ def _flag(name: str, good: bool, yes: str, no: str, advice: str) -> Check:
 def _kernel(host: Host) -> Check:
     found = f"Linux {host.kernel_release} {host.arch}"
     if host.kernel < _KERNEL_NEEDED:
-        return Check(name="kernel", level="missing", found=found, advice="use Linux 5.12 or newer")
+        return Check(name="kernel", level="missing", found=found, advice="use Linux 5.19 or newer")
     if host.kernel < _KERNEL_WANTED:
-        return Check(name="kernel", level="warn", found=found, advice="use Linux 5.12 or newer")
+        return Check(name="kernel", level="warn", found=found, advice="use Linux 5.19 or newer")
     return Check(name="kernel", level="ok", found=found)
 
 

@@ -83,7 +83,7 @@ def config(
             "env": [],
             "cwd": "/",
             "capabilities": sets,
-            "rlimits": rlimits(policy.limits),
+            "rlimits": rlimits(policy.limits, skip),
             "noNewPrivileges": policy.no_new_privileges,
         },
         "hostname": BY_RUN,
@@ -159,13 +159,14 @@ def _mounts(policy: Policy, workload: Workload) -> list[Mount]:
     return mounts
 
 
-def config_controls(policy: Policy, oci: OciConfig, host: Host) -> list[Control]:
+def config_controls(policy: Policy, oci: OciConfig, host: Host, skip: frozenset[str]) -> list[Control]:
     """Return what the kernel must show of `oci`, apart from limits and staged mounts."""
     process = oci["process"]
     rows: list[tuple[str, str, Value]] = [
         ("credentials.uid", "user", process["user"]["uid"]),
         ("credentials.gid", "user", process["user"]["gid"]),
-        ("credentials.groups", "user", []),
+        # A user namespace that maps the caller's own id alone may not change groups: user_namespaces(7).
+        *([] if "user" in skip else [("credentials.groups", "user", [])]),
         ("credentials.range", "user", None),
         *(
             (f"capabilities.{kind}", "capabilities", sorted(policy.capabilities))

@@ -15,8 +15,17 @@ _LEAST_QUOTA_US = 1_000
 _DEFAULT_DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
 
 
-def rlimits(limits: Limits) -> list[Rlimit]:
-    """Return the rlimits of the job and the agent; a limit that the policy leaves open is not set."""
+_RLIMIT_FIELDS = {
+    "RLIMIT_CORE": "limits.core",
+    "RLIMIT_FSIZE": "limits.file_size",
+    "RLIMIT_NOFILE": "limits.open_files",
+    "RLIMIT_NPROC": "limits.threads",
+    "RLIMIT_STACK": "limits.stack",
+}
+
+
+def rlimits(limits: Limits, skip: frozenset[str]) -> list[Rlimit]:
+    """Return the rlimits of the job and the agent; one that the policy leaves open or that is in `skip` is not set."""
     wanted = {
         "RLIMIT_CORE": 0,
         "RLIMIT_FSIZE": limits.file_size_bytes,
@@ -25,26 +34,21 @@ def rlimits(limits: Limits) -> list[Rlimit]:
         "RLIMIT_STACK": limits.stack_bytes,
     }
     return [
-        {"type": name, "soft": value, "hard": value} for name, value in wanted.items() if value is not None
+        {"type": name, "soft": value, "hard": value}
+        for name, value in wanted.items()
+        if value is not None and _RLIMIT_FIELDS[name] not in skip
     ]
 
 
-def rlimit_controls(limits: Limits) -> list[Control]:
+def rlimit_controls(limits: Limits, skip: frozenset[str]) -> list[Control]:
     """Return what /proc/PID/limits must say."""
-    fields = {
-        "RLIMIT_CORE": "no_new_privileges",
-        "RLIMIT_FSIZE": "limits.file_size",
-        "RLIMIT_NOFILE": "limits.open_files",
-        "RLIMIT_NPROC": "limits.threads",
-        "RLIMIT_STACK": "limits.stack",
-    }
     return [
         {
             "name": f"rlimit.{limit['type'].removeprefix('RLIMIT_').lower()}",
-            "field": "limits.core" if limit["type"] == "RLIMIT_CORE" else fields[limit["type"]],
+            "field": _RLIMIT_FIELDS[limit["type"]],
             "asked": limit["hard"],
         }
-        for limit in rlimits(limits)
+        for limit in rlimits(limits, skip)
     ]
 
 

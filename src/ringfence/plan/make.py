@@ -40,7 +40,8 @@ def make_plan(
     unenforced = _refuse(policy, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
-    user = user_ids(policy.user) or _JOB
+    range_size = _range_size(host, skip)
+    user = _user(policy, range_size)
     _ready(host, user, skip)
     seccomp = seccomp_for(
         policy.seccomp,
@@ -49,7 +50,6 @@ def make_plan(
         moby=workload.moby,
         kernel=host.kernel,
     )
-    range_size = _range_size(host, skip)
     disk = writes_to_disk(policy)
     oci = config(
         policy,
@@ -64,8 +64,8 @@ def make_plan(
     ops = stage(policy, workload, host)
     limited = host.cgroup.writable and host.cgroup.version != "none"
     controls: list[Control] = [
-        *config_controls(policy, oci, host),
-        *rlimit_controls(policy.limits),
+        *config_controls(policy, oci, host, skip),
+        *rlimit_controls(policy.limits, skip),
         *(cgroup_controls(policy.limits, host, writes_to_disk=disk, skip=skip) if limited else ()),
         *stage_controls(ops),
     ]
@@ -133,8 +133,7 @@ def _refuse(policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[
         raise NotEnforceable(
             f"{first.field} cannot be enforced at the {tier} tier: {first.reason}{more}",
             fields=fields,
-            hint=f"{first.hint}; or accept it with "
-            + " ".join(f"--allow-unenforced {field}" for field in fields),
+            hint=f"{first.hint}; or accept it with --allow-unenforced {','.join(fields)}",
         )
     return missing
 
@@ -166,10 +165,28 @@ def _ready(host: Host, user: tuple[int, int], skip: frozenset[str]) -> None:
             f"images on {host.state_filesystem or 'this file system'} cannot be mounted with their owners mapped",
             hint="set RINGFENCE_STATE_DIR to a directory on ext4, xfs, btrfs or a tmpfs of Linux 6.3",
         )
-    if host.rootless and 0 in user:
+    if host.rootless and 0 in user and "user" not in skip:
         raise HostError("user 0 of a sandbox started without root would be yourself", hint="another --user")
     if "user" in skip and not host.rootless:
         raise HostError("without user namespaces nothing here can run as root", hint="enable them")
+
+
+def _user(policy: Policy, range_size: int) -> tuple[int, int]:
+    """Return the job's ids inside, which must be in its range; without a range the caller's own id is 0 inside."""
+    wanted = user_ids(policy.user)
+    if range_size == 0:
+        if wanted is not None:
+            raise HostError(
+                f"user {policy.user} needs subordinate ids; without them the job has your own id, as 0",
+                hint="leave user: dedicated, or get ids: usermod --add-subuids and --add-subgids",
+            )
+        return (0, 0)
+    if wanted is not None and max(wanted) >= range_size:
+        raise HostError(
+            f"user {policy.user} is beyond the {range_size} ids of a sandbox started without root",
+            hint=f"an id below {range_size}, or run as root",
+        )
+    return wanted or _JOB
 
 
 def _range_size(host: Host, skip: frozenset[str]) -> int:

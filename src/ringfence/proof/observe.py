@@ -120,21 +120,25 @@ def _status(subject: Subject) -> Seen:
         "seccomp.mode": (_SECCOMP_MODES.get(fields["Seccomp"], fields["Seccomp"]), source),
         "seccomp.filters": (int(fields["Seccomp_filters"]), source),
     }
-    for kind in ("uid", "gid"):
+    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         # Real, effective, saved and file system id; one that differs is not the id that was asked for.
         ids = {int(word) for word in fields[kind.capitalize()].split()}
         value = ids.pop() if len(ids) == 1 else -1
-        seen[f"credentials.{kind}"] = (_inside(subject, value), source)
+        seen[f"credentials.{kind}"] = (_inside(subject, value, own), source)
     for name, kind in _CAPABILITY_SETS.items():
         seen[f"capabilities.{kind}"] = (_capabilities(int(fields[name], 16)), source)
     return seen
 
 
-def _inside(subject: Subject, host_id: int) -> int:
-    """Return the id inside the sandbox; an id outside its range stays what it is, and will not compare equal."""
-    if subject.size and subject.base <= host_id < subject.base + subject.size:
-        return host_id - subject.base
-    return host_id if subject.size == 0 else -host_id - 1
+def _inside(subject: Subject, host_id: int, own: int) -> int:
+    """Return the id inside the sandbox; one outside its range becomes negative, and will not compare equal.
+
+    A sandbox without a range has the caller's `own` id alone, as 0.
+    """
+    if subject.size == 0:
+        return 0 if host_id == own else -host_id - 1
+    inside = subject.base <= host_id < subject.base + subject.size
+    return host_id - subject.base if inside else -host_id - 1
 
 
 def _capabilities(mask: int) -> list[str]:
@@ -144,9 +148,14 @@ def _capabilities(mask: int) -> list[str]:
 
 
 def _range(subject: Subject) -> Seen:
-    maps = {_read(f"/proc/{subject.pid}/{name}") for name in ("uid_map", "gid_map")}
-    lines = maps.pop().splitlines() if len(maps) == 1 else ["uid_map and gid_map differ"]
-    return {"credentials.range": (" ".join("; ".join(lines).split()), f"/proc/{subject.pid}/uid_map")}
+    maps = [_read(f"/proc/{subject.pid}/{name}").splitlines() for name in ("uid_map", "gid_map")]
+    texts = [" ".join("; ".join(lines).split()) for lines in maps]
+    return {"credentials.range": (id_map(*texts), f"/proc/{subject.pid}/uid_map")}
+
+
+def id_map(uids: str, gids: str) -> str:
+    """Return the two maps of a user namespace as one text, which is usually the same for both."""
+    return uids if uids == gids else f"{uids} (groups: {gids})"
 
 
 def _namespaces(subject: Subject) -> Seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.proof.observe import Subject, mounts, observe, sysctls
+from ringfence.proof.observe import Subject, id_map, mounts, observe, sysctls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,11 +104,12 @@ def words(value: Value) -> str:
 def _asked(control: Control, plan: Plan, instance: Instance) -> Value:
     """Fill in what is known only of this sandbox."""
     if control["name"] == "credentials.range":
-        base, size, own = instance.base, plan["user"]["range_size"], os.geteuid()
-        if size == 0:
-            return f"{plan['user']['uid']} {own} 1"
+        base, size = instance.base, plan["user"]["range_size"]
+        if not plan["rootless"]:
+            return f"0 {base} {size}"
         # A user's own id stands for root inside: see ringfence.runtime.rootless.
-        return f"0 {own} 1; 1 {base + 1} {size - 1}" if plan["rootless"] else f"0 {base} {size}"
+        others = f"; 1 {base + 1} {size - 1}" if size else ""
+        return id_map(f"0 {os.geteuid()} 1{others}", f"0 {os.getegid()} 1{others}")
     if control["name"] == "hostname":
         return instance.id
     return control["asked"]
@@ -185,7 +186,7 @@ def _from_agent(line: Line, descriptors: int) -> Line:
             "source": "agent",
             "ok": value == line["asked"],
         }
-    return {**line, "ok": None}
+    return {**line, "observed": "only root can look there", "ok": None}
 
 
 def _kept(field: str, asked: Value) -> Line:

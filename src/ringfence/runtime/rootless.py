@@ -41,7 +41,10 @@ def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...])
         spec_r = ready_w = go_r = -1
         if _hears(ready_r) != b"R":
             raise _failed(starting)
-        _map(plan, instance, starting.pid)
+        if plan["user"]["range_size"]:
+            _map(plan, instance, starting.pid)
+        else:
+            _map_own(starting.pid)
         _send(spec_w, _spec(plan, instance))
         os.write(go_w, b"G")
         return starting
@@ -53,10 +56,27 @@ def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...])
 
 def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int]]:
     """Return the (inside, host, count) map: the caller's own id as root, then the sandbox's subordinate ids."""
-    size = plan["user"]["range_size"]
-    if size == 0:
-        return [(plan["user"]["uid"], own, 1)]
-    return [(0, own, 1), (1, instance.base + 1, size - 1)]
+    return [(0, own, 1), (1, instance.base + 1, plan["user"]["range_size"] - 1)]
+
+
+def _map_own(pid: int) -> None:
+    """Map the caller's own ids as 0, which needs no help; the kernel wants setgroups(2) closed for that."""
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"0 {os.geteuid()} 1"),
+        ("gid_map", f"0 {os.getegid()} 1"),
+    ):
+        try:
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise HostError(
+                f"cannot map your own id into a user namespace: {error.strerror}",
+                hint="see 'ringfence doctor'",
+            ) from error
 
 
 def _map(plan: Plan, instance: Instance, pid: int) -> None:
@@ -115,9 +135,8 @@ def _child(count: int) -> None:
     plan, instance = _receive(spec)
     if os.read(go, 1) != b"G":
         raise SystemExit("the launcher is gone")
-    root = 0 if plan["user"]["range_size"] else plan["user"]["uid"]
-    os.setresgid(root, root, root)
-    os.setresuid(root, root, root)
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
     libc.make_private("/")
     ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
     Stager(instance.staging, ids, agent).run(plan["stage"])
@@ -146,5 +165,7 @@ if __name__ == "__main__":
 
     try:
         _child(int(sys.argv[1]))
-    except (RingfenceError, OSError) as error:
-        raise SystemExit(f"ringfence: {error}") from error
+    except RingfenceError as error:
+        raise SystemExit(error.message) from error
+    except OSError as error:
+        raise SystemExit(str(error)) from error

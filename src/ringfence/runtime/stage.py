@@ -26,12 +26,12 @@ _KINDS = {
 
 
 class Ids:
-    """Who owns what is staged: host ids of the sandbox's root and job, and user namespaces for idmapped mounts.
+    """Who owns what is staged: the ids of the sandbox's root and job, and user namespaces for idmapped mounts.
 
     `userns` is a descriptor of the sandbox's user namespace, -1 where mounts cannot be idmapped (rootless).
     """
 
-    __slots__ = ("base", "gid", "owner_map", "uid", "userns")
+    __slots__ = ("base", "gid", "uid", "userns")
 
     def __init__(self, *, base: int, uid: int, gid: int, userns: int) -> None:
         """`base` is the host id of the sandbox's root, `uid` and `gid` those of the job inside."""

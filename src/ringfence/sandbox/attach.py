@@ -7,6 +7,7 @@ limits and cgroup are inherited and not set up once more. The socket is mode 060
 from __future__ import annotations
 
 import _socket
+import os
 import select
 import struct
 import time
@@ -122,7 +123,7 @@ class Session:
         self.pty = -1
 
     def start(self, frame: bytes, descriptors: Sequence[int]) -> None:
-        """Hand over a START without HOLD. Raises CommandError, SandboxError when nothing was run."""
+        """Hand over a START with HOLD, and let the job go. Raises CommandError, SandboxError when nothing was run."""
         connection = self._connected()
         connection.send(frame, descriptors)
         try:
@@ -137,9 +138,16 @@ class Session:
             )
         kind, _, payload, received = answer
         if kind == protocol.FAILED:
-            raise CommandError(*protocol.decode_failed(payload), self.command)
+            stage, number = protocol.decode_failed(payload)
+            if stage == protocol.STAGE_FORK:
+                raise SandboxError(
+                    f"the sandbox has no room for {self.command!r}: {os.strerror(number)}",
+                    hint="its limits.pids, limits.threads or limits.memory are used up, or it is just ending",
+                )
+            raise CommandError(stage, number, self.command)
         if received:
             self.pty = received[0]
+        connection.send(protocol.encode_go())
 
     def kill(self) -> None:
         """Kill the job and all of its session: the agent does so when we have nothing more to say."""

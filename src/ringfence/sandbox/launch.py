@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # A start takes tens of milliseconds; on a machine that swaps it may take seconds.
 START_TIMEOUT_S = 30.0
+_AGENT_PATIENCE_S = 0.1
 # What a runtime writes beside the bundle; with less left, the disk is why it failed.
 _ROOM_BYTES, _ROOM_FILES = 1 << 17, 16
 # `ps` shows the beginning of a command line; a record must stay small enough to be read back.
@@ -47,13 +48,15 @@ _STAGES = {
 class CommandError(Exception):
     """The job's command could not be executed: `status` is 126 or 127. Not an error of Ringfence's."""
 
+    code = "RF-COMMAND"
+
     def __init__(self, stage: int, number: int, command: str) -> None:
         """Say why: `number` is the errno inside the sandbox."""
         import errno
 
         self.status = 127 if number == errno.ENOENT and stage == protocol.STAGE_EXEC else 126
         hint = _command_hint(stage, number, command)
-        reason = f"{os.strerror(number)}{hint}"
+        reason = f"{os.strerror(number)}{hint} [{self.code}]"
         super().__init__(
             f"{command!r}: {reason}"
             if stage == protocol.STAGE_EXEC
@@ -68,6 +71,8 @@ def _command_hint(stage: int, number: int, command: str) -> str:
         return " (--workdir names a directory inside the sandbox)"
     if number == errno.ENOENT:
         return " in the image" if "/" in command else " on the PATH of the image"
+    if number == errno.EACCES:
+        return " (is it a file with execute permission?)"
     if number == errno.ENOEXEC:
         return " (a script needs a first line such as #!/bin/sh)"
     return ""
@@ -124,6 +129,10 @@ class Running:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+        if not self.wait_gone(_AGENT_PATIENCE_S) and self.cgroup is not None:
+            # The job may have put the agent behind itself in every queue for a CPU (SCHED_IDLE, one CPU, 60 rivals):
+            # it dies only when it runs, 15 s later as measured. Its rivals are at the front, and die at once.
+            self.cgroup.kill()
         self.wait_gone()
 
     def wait_gone(self, timeout_s: float = 5.0) -> bool:
