@@ -14,7 +14,7 @@
 #include "client.h"
 #include "signals.h"
 
-enum { CONTROL = 3, LISTENER = 4, LOCK = 5 }; /* descriptors that we start with */
+enum { CONTROL = 3, LISTENER = 4, LOCK = 5, IMAGE = 6 }; /* descriptors that we start with */
 enum { MAX_EVENTS = 16, SIGNALS_A_TURN = 8, ACCEPT_AGAIN_MS = 1000 };
 enum { EXIT_OWN_FAILURE = 125 };
 
@@ -46,7 +46,8 @@ static bool set_up(void) {
   if (!keep(CONTROL)) return false;
   if (keep(LISTENER) && fcntl(LISTENER, F_SETFL, O_NONBLOCK) == 0) listener = LISTENER;
   keep(LOCK);
-  if (syscall(SYS_close_range, (unsigned)LOCK + 1, ~0U, 0U) != 0) return false;
+  keep(IMAGE);
+  if (syscall(SYS_close_range, (unsigned)IMAGE + 1, ~0U, 0U) != 0) return false;
   if (!open_null() || !clients_init()) return false;
   sandbox.init = getpid() == 1;
   sandbox.proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ringfence.host import places
 from ringfence.host.cgroups import cgroup_facts
-from ringfence.image.find import current_build
+from ringfence.image import store
 from ringfence.linux.paths import state_dir
 
 COMPILERS = ("musl-gcc", "gcc")
@@ -22,6 +22,10 @@ def _root() -> str:
 
 def _runtime(name: str) -> Callable[[], str]:
     return lambda: "" if places.find(name) else f"{name} is not installed"
+
+
+def _program(name: str) -> Callable[[], str]:
+    return lambda: "" if shutil.which(name) else f"{name} is not installed"
 
 
 def _userns() -> str:
@@ -47,7 +51,7 @@ def _compiler() -> str:
 
 
 def _base() -> str:
-    return "" if current_build(state_dir(), "base") else "the image base is not built: make setup"
+    return "" if store.resolve(state_dir(), "base:latest") else "the image base is not built: make setup"
 
 
 def _two_cpus() -> str:
@@ -58,6 +62,17 @@ PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "crun": _runtime("crun"),
     "runc": _runtime("runc"),
+    "skopeo": _program("skopeo"),
+    "umoci": _program("umoci"),
+    "docker-registry": _program("docker-registry"),
+    "htpasswd": _program("htpasswd"),
+    "gpg": _program("gpg"),
+    "openssl": _program("openssl"),
+    "buildah": _program("buildah"),
+    "mkfs.erofs": _program("mkfs.erofs"),
+    "mmdebstrap": _program("mmdebstrap"),
+    "podman": _program("podman"),
+    "zstd": _program("zstd"),
     "userns": _userns,
     "compiler": _compiler,
     "image:base": _base,

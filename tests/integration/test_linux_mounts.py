@@ -5,13 +5,14 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import ringfence
-from boxes import USER, Plain, Sandboxes, bind
+from boxes import USER, Sandboxes, bind
 from ringfence.errors import MountError, PolicyError
 from ringfence.linux.paths import state_dir
 from ringfence.sandbox import launch
@@ -20,7 +21,8 @@ from ringfence.sandbox.prepare import Request, plan_for
 pytestmark = pytest.mark.requires("root", "compiler")
 
 STRANGER = 61235
-LOOK = """
+# Words for the programs below: an attempt gives its result, or the errno as a negative number.
+WORDS = """
 def attempt(work, *args):
     try: return work(*args)
     except OSError as error: return -error.errno
@@ -43,12 +45,8 @@ def mounted(*mounts: dict[str, object]) -> dict[str, object]:
 @pytest.fixture
 def filled(shared: Path, probes: Path) -> Path:
     """A directory of USER's with files of his, of root's and of a stranger's, and traps."""
-    for name, uid, mode in (
-        ("mine", USER, 0o600),
-        ("roots", 0, 0o600),
-        ("strangers", STRANGER, 0o600),
-        ("all", 0, 0o644),
-    ):
+    owners = (("mine", USER, 0o600), ("roots", 0, 0o600), ("strangers", STRANGER, 0o600), ("all", 0, 0o644))
+    for name, uid, mode in owners:
         (shared / name).write_text(name)
         os.chown(shared / name, uid, uid)
         (shared / name).chmod(mode)
@@ -60,31 +58,18 @@ def filled(shared: Path, probes: Path) -> Path:
     return shared
 
 
-@pytest.fixture
-def odd(shared: Path) -> Iterator[Path]:
-    yield shared
-
-
 def test_read_only_mount(sandboxes: Sandboxes, filled: Path) -> None:
     """The source's owner is the job, everybody else nobody, and nothing can be written."""
-    code = (
-        LOOK
-        + """
+    code = """
 out({'owners': {name: owner('/data/' + name) for name in ('', 'mine', 'roots', 'strangers', 'all')},
      'mine': attempt(read, '/data/mine'), 'roots': attempt(read, '/data/roots'), 'all': attempt(read, '/data/all'),
      'strangers': attempt(read, '/data/strangers'), 'create': attempt(create, '/data/new'),
-     'chmod': attempt(os.chmod, '/data/mine', 0o644), 'out': attempt(read, '/data/out'), 'node': attempt(read, '/data/node')})
+     'chmod': attempt(os.chmod, '/data/mine', 0o644), 'out': attempt(read, '/data/out'),
+     'node': attempt(read, '/data/node')})
 """
-    )
-    found = sandboxes.ask(code, mounted(bind(filled, "/data")))
-    nobody = "65534:65534"
-    assert found["owners"] == {
-        "": "1000:1000",
-        "mine": "1000:1000",
-        "roots": nobody,
-        "strangers": nobody,
-        "all": nobody,
-    }
+    found = sandboxes.ask(WORDS + code, mounted(bind(filled, "/data")))
+    job, nobody = "1000:1000", "65534:65534"
+    assert found["owners"] == {"": job, "mine": job, "roots": nobody, "strangers": nobody, "all": nobody}
     assert (found["mine"], found["roots"], found["strangers"], found["all"]) == ("mine", -13, -13, "all")
     assert (found["create"], found["chmod"]) == (-30, -30)
     assert found["out"] == -2  # the base image has no such file, and the host's is not reached
@@ -93,19 +78,17 @@ out({'owners': {name: owner('/data/' + name) for name in ('', 'mine', 'roots', '
 
 def test_writable_mount_leaves_files_of_the_sources_owner(sandboxes: Sandboxes, filled: Path) -> None:
     """What a job writes belongs on the host to whoever owns the source; it cannot touch what is not his."""
-    code = (
-        LOOK
-        + """
+    code = """
 out({'create': attempt(create, '/data/new'), 'directory': attempt(os.mkdir, '/data/new-directory'),
      'link': attempt(os.symlink, '/etc/passwd', '/data/new-link'), 'remove': attempt(os.unlink, '/data/mine'),
      'roots': attempt(os.open, '/data/roots', os.O_WRONLY), 'all': attempt(os.open, '/data/all', os.O_WRONLY),
      'give': attempt(os.chown, '/data/new', 0, 0), 'inside': owner('/data/new')})
 """
-    )
-    found = sandboxes.ask(code, mounted(bind(filled, "/data", "rw")))
-    assert found == {
-        "create": 0, "directory": None, "link": None, "remove": None, "roots": -13, "all": -13, "give": -1, "inside": "1000:1000",
-    }  # fmt: skip
+    found = sandboxes.ask(WORDS + code, mounted(bind(filled, "/data", "rw")))
+    assert found.pop("give") in (-1, -75)  # EPERM, or EOVERFLOW: there is no such id on the mount
+    assert found.pop("inside") == "1000:1000"
+    assert [found.pop(name) for name in ("create", "directory", "link", "remove")] == [0, None, None, None]
+    assert found == {"roots": -13, "all": -13}
     for name in ("new", "new-directory", "new-link"):
         at = (filled / name).lstat()
         assert (at.st_uid, at.st_gid) == (USER, USER)
@@ -119,18 +102,13 @@ def test_no_set_user_id_file_can_be_left(sandboxes: Sandboxes, shared: Path, out
     control = outside(["chmod", "4755", shared / "program"])
     assert (control.returncode, (shared / "program").stat().st_mode & 0o7777) == (0, 0o4755)
     (shared / "program").chmod(0o755)
-    code = (
-        LOOK
-        + """
-import ctypes
-libc = ctypes.CDLL(None, use_errno=True)
+    code = """
 fd = os.open('/data/program', os.O_RDONLY)
-out([attempt(os.chmod, '/data/program', 0o4755), attempt(os.chmod, '/data/program', 0o2755), attempt(os.fchmod, fd, 0o6755),
-     attempt(os.mknod, '/data/a', 0o104755), attempt(create, '/data/b', 0o4755),
+out([attempt(os.chmod, '/data/program', 0o4755), attempt(os.chmod, '/data/program', 0o2755),
+     attempt(os.fchmod, fd, 0o6755), attempt(os.mknod, '/data/a', 0o104755), attempt(create, '/data/b', 0o4755),
      attempt(os.open, '/data', os.O_TMPFILE | os.O_RDWR, 0o4755), attempt(os.chmod, '/data/program', 0o700)])
 """
-    )
-    found = sandboxes.ask(code, mounted(bind(shared, "/data", "rw")))
+    found = sandboxes.ask(WORDS + code, mounted(bind(shared, "/data", "rw")))
     assert found == [-1] * 6 + [None]
     assert [path.name for path in shared.iterdir() if path.stat().st_mode & 0o6000] == []
 
@@ -147,10 +125,8 @@ def test_set_user_id_program_and_device_of_a_mount_are_dead(
 
 
 @pytest.mark.parametrize("part", ["source", "parent"])
-def test_source_that_becomes_a_symlink_after_the_plan(
-    sandboxes: Sandboxes, home: Path, shared: Path, part: str
-) -> None:
-    """A symlink put in place of a source, or of a directory above it, is refused at the start, and nothing runs."""
+def test_source_that_becomes_a_symlink_after_the_plan(sandboxes: Sandboxes, shared: Path, part: str) -> None:
+    """A symlink put in place of a source, or of a directory above it, is refused at the start."""
     source = shared / "parent" / "source"
     source.mkdir(parents=True)
     plan = plan_for(Request(runtime=sandboxes.runtime, overrides=mounted(bind(source, "/data"))))
@@ -166,7 +142,7 @@ def test_source_that_becomes_a_symlink_after_the_plan(
 
 
 def test_symlink_as_source_is_judged_by_where_it_leads(sandboxes: Sandboxes, shared: Path) -> None:
-    """A symlink to a harmless directory works; one to /proc or to Ringfence's state is refused by name of both."""
+    """A symlink to a harmless directory works; one to /proc or to Ringfence's state is refused by its name."""
     (shared / "real").mkdir()
     (shared / "good").symlink_to("real")
     assert sandboxes.run(["ls", "/data"], mounted(bind(shared / "good", "/data"))).exit_status == 0
@@ -176,56 +152,74 @@ def test_symlink_as_source_is_judged_by_where_it_leads(sandboxes: Sandboxes, sha
             sandboxes.run(["true"], mounted(bind(shared / name, "/data")))
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["/", "/proc", "/proc/self/root", "/proc/1/ns", "/sys", "/sys/fs/cgroup", "/dev", "/dev/null", "/dev/shm", "/run", "/var/run"]
-    + ["/var/lib", "/var/lib/ringfence", "/var/lib/ringfence/images", "/run/ringfence", "/run/ringfence/ranges", "/nonexistent"],
-)  # fmt: skip
-def test_sources_that_are_refused(sandboxes: Sandboxes, home: Path, source: str) -> None:
+REFUSED = """
+/ /proc /proc/self/root /proc/1/ns /sys /sys/fs/cgroup /dev /dev/null /dev/shm /run /var /var/run /var/lib /etc /root
+/home /var/lib/ringfence /var/lib/ringfence/images /run/ringfence /run/ringfence/ranges /nonexistent
+"""
+
+
+@pytest.mark.parametrize("source", REFUSED.split())
+def test_sources_that_are_refused(sandboxes: Sandboxes, source: str) -> None:
     """The host as a whole, the kernel's trees, and Ringfence's own directories with all that holds them."""
     with pytest.raises((MountError, PolicyError), match="source"):
         sandboxes.run(["true"], mounted(bind(source, "/data")))
 
 
 def test_own_run_directory_is_refused_wherever_it_is(sandboxes: Sandboxes, home: Path) -> None:
-    """Also a run directory that was chosen by RINGFENCE_RUN_DIR, and its parent."""
+    """Also a run directory that was chosen by RINGFENCE_RUN_DIR, and its parent, whatever the policy allows."""
     for source in (home, home / "sandboxes", home.parent):
         with pytest.raises(MountError, match="Ringfence's own"):
             sandboxes.run(["true"], mounted(bind(source, "/data", allow_dangerous=True)))
 
 
-@pytest.mark.parametrize("kind", ["docker.sock", "socket", "fifo", "holder"])
+@pytest.mark.parametrize("kind", ["docker.sock", "socket", "fifo"])
 def test_ways_to_speak_to_the_host_are_refused(sandboxes: Sandboxes, shared: Path, kind: str) -> None:
     """Sockets, whatever their name, and FIFOs; whoever writes allow_dangerous at the mount gets them."""
-    path = shared / ("docker.sock" if kind == "docker.sock" else "thing")
+    path = shared / kind
     if kind == "fifo":
         os.mkfifo(path)
-    elif kind == "holder":
-        path = Path("/run/dbus") if Path("/run/dbus").exists() else Path("/run/systemd")
-        if not path.exists():
-            pytest.skip("no directory of a runtime socket here")
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
     with pytest.raises((MountError, PolicyError), match="source"):
         sandboxes.run(["true"], mounted(bind(path, "/data")))
-    if kind != "holder":
-        allowed = mounted(bind(path, "/data", allow_dangerous=True))
-        assert sandboxes.run(["test", "-e", "/data"], allowed).exit_status == 0
+    if kind == "docker.sock":  # and the directory it lies in
+        with pytest.raises((MountError, PolicyError), match="source"):
+            sandboxes.run(["true"], mounted(bind(shared, "/data")))
+    allowed = mounted(bind(path, "/data", allow_dangerous=True))
+    assert sandboxes.run(["test", "-e", "/data"], allowed).exit_status == 0
 
 
-@pytest.mark.parametrize("source", ["/etc", "/usr", "/home"])
-def test_system_directories_are_not_writable(sandboxes: Sandboxes, source: str) -> None:
-    """Writing to one of these is writing to the host."""
+def test_programs_of_the_host_are_not_writable(sandboxes: Sandboxes) -> None:
+    """/usr may be shown, and is refused as soon as a job could write to it."""
+    assert sandboxes.run(["test", "-d", "/data/bin"], mounted(bind("/usr", "/data"))).exit_status == 0
     with pytest.raises(MountError, match="writable"):
-        sandboxes.run(["true"], mounted(bind(source, "/data", "rw")))
+        sandboxes.run(["true"], mounted(bind("/usr", "/data", "rw")))
 
 
-def test_device_and_kernel_tree_in_so_many_words(sandboxes: Sandboxes) -> None:
-    """With allow_dangerous a device node is shown at the target, and opens only if the policy lists it as a device."""
-    code = LOOK + "out([attempt(create, '/data/null'), attempt(read, '/data/null'), owner('/data/null')])"
-    found = sandboxes.ask(code, mounted(bind("/dev/null", "/data/null", allow_dangerous=True)))
-    assert found[0] == -17  # type: ignore[index,call-overload] # it is there
+def test_device_node_is_no_mount(sandboxes: Sandboxes) -> None:
+    """Not even with allow_dangerous: mounts are nodev, and devices have a field of their own."""
+    with pytest.raises(MountError, match="list it under devices"):
+        sandboxes.run(["true"], mounted(bind("/dev/null", "/data/null", allow_dangerous=True)))
+
+
+@pytest.fixture
+def node() -> Iterator[str]:
+    """A device node that everybody may open on the host, of a device that no sandbox has by default."""
+    path = "/dev/ringfence-test"
+    os.mknod(path, stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+    os.chmod(path, 0o666)
+    yield path
+    os.unlink(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")
+def test_device_of_the_policy(sandboxes: Sandboxes, node: str) -> None:
+    """`devices` gives a node of the host with the access that is written and no more; without it there is none."""
+    code = WORDS + f"out([attempt(os.open, {node!r}, mode) > 0 for mode in (os.O_RDONLY, os.O_RDWR)])"
+    assert sandboxes.ask(code) == [False, False]
+    assert sandboxes.ask(code, {"devices": [f"{node}:r"]}) == [True, False]
+    assert sandboxes.ask(code, {"devices": [f"{node}:rw"]}) == [True, True]
 
 
 def test_whole_host_is_never_shown(sandboxes: Sandboxes) -> None:
@@ -236,53 +230,33 @@ def test_whole_host_is_never_shown(sandboxes: Sandboxes) -> None:
 
 def test_submounts_do_not_come_along(sandboxes: Sandboxes, shared: Path) -> None:
     """What is mounted below a source is not shown: a bind is of one file system."""
-    script = f"mount -t tmpfs none {shared}/below && touch {shared}/below/secret && exec {shutil.which('true')} && :"
     (shared / "below").mkdir()
-    code = f"""
-import json, sys, ringfence
-from boxes import bind
-r = ringfence.run(['ls', '/data/below'], runtime={sandboxes.runtime!r}, overrides={{'filesystem.mounts': [bind({str(shared)!r}, '/data')]}})
-print(json.dumps([r.exit_status, r.stdout.decode()]))
-"""
-    script = f'mount -t tmpfs none {shared}/below && touch {shared}/below/secret && exec "$@"'
-    import sys
-
-    done = subprocess.run(
-        [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            script,
-            "sh",
-            sys.executable,
-            "-c",
-            code,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    script = (
+        f'mount -t tmpfs none {shared}/below && touch {shared}/below/secret && ls {shared}/below && exec "$@"'
     )
-    assert done.stdout == '[0, ""]\n', done.stderr
+    code = f"""
+import ringfence
+fields = {{'filesystem.mounts': [{bind(shared, "/data")!r}]}}
+result = ringfence.run(['ls', '/data/below'], runtime={sandboxes.runtime!r}, overrides=fields)
+print(result.exit_status, result.stdout)
+"""
+    apart = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+    done = subprocess.run([*apart, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "secret\n0 b''\n", done.stderr
 
 
 def test_targets(sandboxes: Sandboxes, shared: Path) -> None:
     """Below /tmp and /work, over a directory of the image, deep, nested, and single files, all in one sandbox."""
-    (shared / "directory").mkdir()
-    (shared / "directory" / "inner").mkdir()
+    (shared / "directory" / "inner").mkdir(parents=True)
     (shared / "directory" / "file").write_text("directory")
     (shared / "single").write_text("single")
-    mounts = [
-        bind(shared / "directory", target)
-        for target in ("/tmp/a/b", "/work/a", "/opt", "/data", "/new/deep/path", "/data/inner")
-    ] + [bind(shared / "single", target) for target in ("/tmp/file", "/work/file", "/files/a", "/etc/extra")]
-    code = "out({path: open(path).read() for path in sys.argv[1:]})"
-    files = [f"{mount['target']}{'' if 'single' in str(mount['source']) else '/file'}" for mount in mounts]
-    found = sandboxes.ask(f"sys.argv[1:] = {files!r}\n{code}", mounted(*mounts))
-    assert found == {path: "directory" if path.endswith("/file") and path not in ("/tmp/file", "/work/file") else "single" for path in files}  # fmt: skip
+    directories = ("/tmp/a/b", "/work/a", "/opt", "/data", "/new/deep/path", "/data/inner")
+    files = ("/tmp/file", "/work/file", "/files/a", "/etc/extra")
+    mounts = [bind(shared / "directory", target) for target in directories]
+    mounts += [bind(shared / "single", target) for target in files]
+    expected = {f"{target}/file": "directory" for target in directories} | dict.fromkeys(files, "single")
+    code = f"out({{path: open(path).read() for path in {list(expected)!r}}})"
+    assert sandboxes.ask(code, mounted(*mounts)) == expected
 
 
 def test_work_directory_can_be_a_mount(sandboxes: Sandboxes, shared: Path) -> None:
@@ -312,34 +286,20 @@ def test_target_through_a_link_in_an_earlier_mount(sandboxes: Sandboxes, shared:
         )
 
 
-def test_target_below_a_link_of_the_image_hides_nothing(sandboxes: Sandboxes, shared: Path) -> None:
-    """/bin is a symlink to usr/bin in the image: a file mounted at /bin/tool leaves /bin/sh where it is."""
+def test_target_below_a_link_of_the_image(sandboxes: Sandboxes, shared: Path) -> None:
+    """/bin is a symlink to usr/bin in the image: /bin/tool would hide all of /bin, and is refused."""
     (shared / "tool").write_text("#!/bin/sh\necho tool\n")
     (shared / "tool").chmod(0o755)
-    result = sandboxes.run(
-        ["/usr/bin/env", "/bin/sh", "-c", "/bin/tool"], mounted(bind(shared / "tool", "/bin/tool"))
-    )
+    with pytest.raises(MountError, match="symlink"):
+        sandboxes.run(["true"], mounted(bind(shared / "tool", "/bin/tool")))
+    result = sandboxes.run(["tool"], mounted(bind(shared / "tool", "/usr/bin/tool")))
     assert (result.stdout, result.exit_status) == (b"tool\n", 0)
 
 
-ODD = [
-    "new\nline",
-    "quo\"te's",
-    "com,ma",
-    "co:lon",
-    "sp ace\t",
-    "back\\slash",
-    "\\040",
-    "ünï",
-    "#x",
-    "$HOME",
-    "-rf",
-    "%s",
-    "*",
-]
+ODD = """quo"te's com,ma co:lon back\\slash \\040 ünï #x $HOME -rf %s * a=b upperdir=x ro,suid"""
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", [*ODD.split(), "sp ace", " "])
 def test_odd_names_of_sources_and_targets(sandboxes: Sandboxes, shared: Path, name: str) -> None:
     """No character of a name means anything to us, the runtime, the kernel's mount options or the proof."""
     (shared / name).mkdir()
@@ -348,17 +308,22 @@ def test_odd_names_of_sources_and_targets(sandboxes: Sandboxes, shared: Path, na
     assert sandboxes.ask(code, mounted(bind(shared / name, f"/data/{name}"))) == name
 
 
+@pytest.mark.parametrize("name", ["new\nline", "tab\t", "escape\x1b[31m", "nul\0"])
+def test_control_characters_are_refused(sandboxes: Sandboxes, shared: Path, name: str) -> None:
+    """In one line that shows them."""
+    for mount in (bind(shared / name, "/data"), bind(shared, f"/{name}")):
+        with pytest.raises((PolicyError, MountError)) as caught:
+            sandboxes.run(["true"], mounted(mount))
+        assert str(caught.value).isprintable()
+
+
 def test_names_that_are_no_utf8(sandboxes: Sandboxes, shared: Path) -> None:
     """Such a source works, or is refused with one line that shows it; never a traceback."""
     path = os.fsencode(shared) + b"/\xff\xfe"
     os.mkdir(path)
     try:
         result = sandboxes.run(["ls", "/data"], mounted(bind(os.fsdecode(path), "/data")))
-        assert result.exit_status == 0
     except ringfence.RingfenceError as error:
-        assert "\n" not in str(error)
-
-
-def test_plain_type(sandboxes: Sandboxes) -> None:
-    answer: Plain = sandboxes.ask("out(1)")
-    assert answer == 1
+        assert str(error).isprintable()
+    else:
+        assert result.exit_status == 0

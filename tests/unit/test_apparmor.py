@@ -23,7 +23,7 @@ PROFILE = Path(ringfence.host.__file__).parent / "apparmor" / "ringfence-default
 # Everything that the ABI of the profile knows, whatever the kernel here has.
 FEATURES = Path("/etc/apparmor.d/abi/3.0")
 PARSER = shutil.which("apparmor_parser", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-WORKLOAD = Workload(image="base", image_digest="sha256:0", rootfs="/var/lib/ringfence/x", env=())
+WORKLOAD = Workload(image="base", image_digest="sha256:0", layers=("/var/lib/ringfence/x",), env=())
 
 needs_parser = pytest.mark.skipif(
     PARSER is None or not FEATURES.exists(), reason="needs apparmor_parser: apt-get install apparmor"

@@ -141,8 +141,9 @@ def everything(host: Host) -> list[str]:
     workload = Workload(
         image="base",
         image_digest="sha256:0",
-        rootfs="/var/lib/ringfence/x",
+        layers=("/var/lib/ringfence/x",),
         env=(),
+        disks=("254:0",),
         sources=(Source("/srv/data", "/srv/data", "/data", "directory", False),),
     )
     complete = msgspec.structs.replace(
@@ -161,6 +162,9 @@ def test_the_page_on_proofs_lists_every_control() -> None:
     """The table of proof.md has the controls that plans for v1 and v2 ask for, and no other."""
     plans = {*everything(ROOT_V1), *everything(ROOT_V2)}
     general = {"mount:/data": "mount:TARGET", "sysctl:net.core.somaxconn": "sysctl:NAME"}
+    general |= {
+        f"cgroup.io.{key}:254:0": f"cgroup.io.{key}:DISK" for key in ("rbps", "wbps", "riops", "wiops")
+    }
     asked = {general.get(name, name) for name in plans}
     rows = re.findall(r"^\| (`[^|]*) \|", section("proof.md", "Controls"), re.M)
     listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
@@ -170,7 +174,7 @@ def test_the_page_on_proofs_lists_every_control() -> None:
 def test_the_json_of_a_proof_has_the_keys_of_the_page() -> None:
     """The example in proof.md has the keys, in order, of a proof that is made of this very process."""
     shown = json.loads(re.findall(r"^```json\n(.*?)^```", section("proof.md", "The JSON"), re.M | re.S)[0])
-    workload = Workload(image="base", image_digest="sha256:0", rootfs="/x", env=())
+    workload = Workload(image="base", image_digest="sha256:0", layers=("/x",), env=())
     host = msgspec.structs.replace(ROOT_V1, overlayfs=True, idmapped_mounts=True)
     plan = make_plan(load("untrusted"), workload, host)
     instance = Instance(id="a", directory="/a", staging="/b", base=1, cgroup_path="")

@@ -245,6 +245,9 @@ def test_an_empty_host_enforces_only_what_needs_nothing() -> None:
         "limits.file_size",
         "limits.time",
         "limits.output",
+        "image.digest_required",
+        "image.allowed_registries",
+        "image.signatures",
     }
     asked = {cell.field for cell in refusals(load("untrusted"), "linux", nothing)}
     assert {"user", "seccomp", "limits.memory", "limits.stack", "limits.open_files"} <= asked

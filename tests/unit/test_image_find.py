@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.errors import HostError, ImageError
-from ringfence.image.find import find
+from ringfence.image.find import ImageMissing, find
 from ringfence.linux import paths
 
 DIGITS = "0123456789abcdef" * 4
@@ -16,10 +16,13 @@ DIGITS = "0123456789abcdef" * 4
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """A state directory that holds one finished build of base."""
-    home = tmp_path / "state/images/base"
-    (home / f"sha256-{DIGITS}/rootfs").mkdir(parents=True)
-    (home / "current").symlink_to(f"sha256-{DIGITS}")
+    """A state directory whose store has a record, called base and app:1."""
+    store = tmp_path / "state/images"
+    (store / "images").mkdir(parents=True)
+    (store / "refs").mkdir()
+    (store / f"images/sha256-{DIGITS}.json").write_text("{}")
+    for name in ("base%3Alatest", "app%3A1"):
+        (store / "refs" / name).symlink_to(f"../images/sha256-{DIGITS}.json")
     return tmp_path / "state"
 
 
@@ -28,18 +31,23 @@ def only_this_state(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGFENCE_STATE_DIR", str(state))
 
 
-def test_base_is_the_default_and_its_digest_is_that_of_the_build(state: Path) -> None:
-    """Without a reference the image is base, its digest is that of its content."""
+def test_base_is_the_default_and_its_digest_is_that_of_its_manifest(state: Path) -> None:
+    """Without a reference the image is base; the link to its record says which one."""
     image = find(None, None, state_dir=str(state))
-    assert (image.name, image.kind, image.digest) == ("base", "rootfs", f"sha256:{DIGITS}")
-    assert image.rootfs == str(state / f"images/base/sha256-{DIGITS}/rootfs")
-    assert any(entry.startswith("PATH=/") for entry in image.env)
+    assert (image.name, image.kind, image.digest) == ("base:latest", "store", f"sha256:{DIGITS}")
+    assert image.path == str(state / f"images/images/sha256-{DIGITS}.json")
+    assert image.state == str(state)
 
 
-@pytest.mark.parametrize("target", ["", "sha256-12", "../../..", f"sha256-{DIGITS[:-1]}g", "/"])
-def test_a_link_to_anything_but_a_whole_build_is_no_image(state: Path, target: str) -> None:
-    """A link that does not name a build by its digest is as good as none; the error says what to do."""
-    link = state / "images/base/current"
+@pytest.mark.parametrize("ref", ["app:1", "docker://app:1"])
+def test_an_image_is_found_as_its_users_write_it(state: Path, ref: str) -> None:
+    assert find(ref, None, state_dir=str(state)).name == "app:1"
+
+
+@pytest.mark.parametrize("target", ["", "sha256-12.json", "../../..", f"sha256-{DIGITS[:-1]}g.json", "/"])
+def test_a_link_to_anything_but_a_record_is_no_image(state: Path, target: str) -> None:
+    """A link that does not name a record by its digest is as good as none; the error says what to do."""
+    link = state / "images/refs/base%3Alatest"
     link.unlink()
     if target:
         link.symlink_to(target)
@@ -47,20 +55,24 @@ def test_a_link_to_anything_but_a_whole_build_is_no_image(state: Path, target: s
         find("base", None, state_dir=str(state))
 
 
-def test_a_build_without_its_root_is_no_image(state: Path) -> None:
-    """A build is used only when its root directory is there, and is a directory."""
-    root = state / f"images/base/sha256-{DIGITS}/rootfs"
-    root.rmdir()
-    root.symlink_to("/")
+def test_a_name_without_its_record_is_no_image(state: Path) -> None:
+    (state / f"images/images/sha256-{DIGITS}.json").unlink()
     with pytest.raises(ImageError, match="has not been built"):
         find("base", None, state_dir=str(state))
 
 
-@pytest.mark.parametrize("name", ["", "Base", "python:3.12", "../base", "base\n"])
-def test_unknown_names_are_refused_in_one_line(state: Path, name: str) -> None:
-    """A name that is no image is an error that shows it, on one line."""
-    with pytest.raises(ImageError, match="no image") as refused:
+@pytest.mark.parametrize("name", ["python:3.12", "registry.example.com/team/app:1.2", "app:2"])
+def test_a_name_that_is_not_here_may_be_fetched(state: Path, name: str) -> None:
+    """The error says that it is missing, which is when `run` asks the registry."""
+    with pytest.raises(ImageMissing, match="no image"):
         find(name, None, state_dir=str(state))
+
+
+@pytest.mark.parametrize("name", ["", "Base", "../base", "base\n", "a b", "app:", "app@sha256:12"])
+def test_a_name_that_no_image_can_have_is_refused_in_one_line(state: Path, name: str) -> None:
+    with pytest.raises(ImageError) as refused:
+        find(name, None, state_dir=str(state))
+    assert not isinstance(refused.value, ImageMissing)
     assert "\n" not in str(refused.value)
 
 
@@ -77,7 +89,7 @@ def test_a_directory_is_found_through_the_users_own_symlink(state: Path, tmp_pat
     (tmp_path / "link").symlink_to(root)
     direct = find(None, str(root), state_dir=str(state))
     linked = find(None, str(tmp_path / "link"), state_dir=str(state))
-    assert linked.rootfs == direct.rootfs == str(root)
+    assert linked.path == direct.path == str(root)
     assert linked.digest == direct.digest
     assert direct.digest.startswith("rootfs:")
     (root / "new").touch()
@@ -100,14 +112,15 @@ def test_a_missing_root_is_refused(state: Path, tmp_path: Path) -> None:
         find(None, str(tmp_path / "nowhere"), state_dir=str(state))
 
 
-def test_our_own_state_cannot_be_a_root_but_an_image_in_it_can(state: Path, tmp_path: Path) -> None:
-    """Neither the state directory, nor one around it, nor one in it is a root; a built image is."""
+def test_our_own_state_cannot_be_a_root_but_a_layer_in_it_can(state: Path, tmp_path: Path) -> None:
+    """Neither the state directory, nor one around it, nor one in it is a root; an unpacked layer is."""
     (state / "logs").mkdir()
     for given in (state, tmp_path, state / "logs"):
         with pytest.raises(ImageError, match="Ringfence's own"):
             find(None, str(given), state_dir=str(state))
-    inside = state / f"images/base/sha256-{DIGITS}/rootfs"
-    assert find(None, str(inside), state_dir=str(state)).rootfs == str(inside)
+    inside = state / f"images/layers/sha256-{DIGITS}/fs"
+    inside.mkdir(parents=True)
+    assert find(None, str(inside), state_dir=str(state)).path == str(inside)
 
 
 def test_finding_an_image_imports_nothing_heavy() -> None:

@@ -65,6 +65,10 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "limits.output": st.none() | st.integers(1, 2**63 - 1),
     "sysctls": st.dictionaries(NAMES.map(lambda name: f"net.{name}"), TEXT, max_size=3),
     "secrets": st.just([]),
+    "image.digest_required": st.booleans(),
+    "image.allowed_registries": st.none()
+    | st.lists(st.just("local") | st.builds("{}.test:{}/{}".format, NAMES, PORTS, NAMES), max_size=3),
+    "image.signatures": st.none() | TEXT.map(lambda text: f"/{text}"),
     "host.smt": st.sampled_from(["allowed", "refused"]),
     "host.ksm": st.sampled_from(["allowed", "refused"]),
     "host.cpu_mitigations": st.sampled_from(["any", "required"]),

@@ -12,8 +12,8 @@ from ringfence.cli.terminal import RawTerminal, Signals, fill_standard_streams, 
 from ringfence.errors import SandboxError, UsageError, one_line
 from ringfence.sandbox import protocol, reap, store
 from ringfence.sandbox.attach import Session, not_running
-from ringfence.sandbox.launch import CommandError
-from ringfence.sandbox.run import Pipes, merged_env
+from ringfence.sandbox.launch import CommandError, merged_env
+from ringfence.sandbox.run import Pipes
 from ringfence.sandbox.streams import Attendance, Budget, Forward, Source
 
 TYPE_CHECKING = False
@@ -173,7 +173,7 @@ class _Job:
 
     def _attendance(self, outputs: dict[int, Sink], source: Source) -> Attendance:
         return Attendance(
-            self.session,  # type: ignore[arg-type]  # it has what is used of a Running: connection, command, kill()
+            self.session,
             outputs,
             source,
             budget=Budget(None),

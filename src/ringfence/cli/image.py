@@ -1,4 +1,4 @@
-"""``ringfence image``: build, list, describe and remove images."""
+"""``ringfence image``: bring images here, look at them, check them, remove them."""
 
 import sys
 
@@ -6,167 +6,116 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from ringfence.image.store import Manifest
-
 EXAMPLE = """examples:
-  ringfence image bootstrap base
+  ringfence image pull python:3.12-slim
+  ringfence image bootstrap debian:bookworm --include python3   # from Debian packages, without a registry
+  ringfence image import ./rootfs my-image
   ringfence image ls
+  ringfence image export my-image oci-archive:my-image.tar
 """
 
 
 def main(argv: list[str]) -> int:
     """Run ``ringfence image ARGS`` and return its exit status; raises RingfenceError."""
     args = _parser().parse_args(argv)
-    commands = {"ls": _ls, "inspect": _inspect, "bootstrap": _bootstrap, "rm": _rm}
-    return commands[args.command](args)
+    if args.command == "pull":
+        from ringfence.cli.image_pull import pull
 
-
-def _parser() -> "argparse.ArgumentParser":
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="ringfence image",
-        description="Build and list the images that Ringfence can run.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    ls = commands.add_parser("ls", help="list the images")
-    ls.add_argument("--json", action="store_true", help="print JSON")
-    inspect = commands.add_parser("inspect", help="print everything known about an image, as JSON")
-    inspect.add_argument("name")
-    bootstrap = commands.add_parser(
-        "bootstrap", help="build an image from Debian packages, unless it is there"
-    )
-    bootstrap.add_argument("name", choices=["base"])
-    bootstrap.add_argument(
-        "--suite", choices=["auto", "bookworm", "trixie"], default="auto", help="default: this host's"
-    )
-    bootstrap.add_argument("--force", action="store_true", help="build it anew")
-    rm = commands.add_parser("rm", help="remove a built image")
-    rm.add_argument("name")
-    return parser
-
-
-def _ls(args: "argparse.Namespace") -> int:
-    rows = [_host_facts(), _base_facts()]
-    if args.json:
-        _print_json(rows)
-        return 0
-    print(f"{'NAME':6} {'STATE':10} {'SUITE':10} {'SIZE':>8}  {'DIGEST':21} CREATED")
-    for row in rows:
-        name, state, suite, digest, created = (
-            str(row.get(key, "-")) for key in ("name", "state", "suite", "digest", "created")
-        )
-        size_bytes = row.get("size_bytes")
-        size = f"{size_bytes / 2**20:.0f}MiB" if isinstance(size_bytes, int) else "-"
-        print(f"{name:6} {state:10} {suite:10} {size:>8}  {digest[:19]:21} {created}")
-    return 0
-
-
-def _inspect(args: "argparse.Namespace") -> int:
-    from ringfence.image.find import find
-    from ringfence.linux.paths import state_dir
-
-    image = find(args.name, None, state_dir=state_dir())
-    facts: dict[str, object] = {
-        "name": image.name,
-        "kind": image.kind,
-        "digest": image.digest,
-        "rootfs": image.rootfs,
-        "env": image.env,
-        "cwd": image.cwd,
-    }
-    if image.kind == "host":
-        from ringfence.image.host import host_view
-
-        view = host_view()
-        facts |= {
-            "binds": view.binds,
-            "symlinks": dict(view.symlinks),
-            "files": {path: len(content) for path, content in view.files},
-        }
+        return pull(args)
+    if args.command in ("import", "bootstrap", "export"):
+        from ringfence.cli import image_make as verbs
     else:
-        found, _ = _find_base()
-        facts["manifest"] = found
-    _print_json(facts)
-    return 0
+        from ringfence.cli import image_store as verbs  # type: ignore[no-redef]
+    status: int = getattr(verbs, f"{args.command}_")(args)
+    return status
 
 
-def _bootstrap(args: "argparse.Namespace") -> int:
-    import signal
+def say(step: str) -> None:
+    """Tell a person what is going on."""
+    from ringfence.errors import one_line
 
-    from ringfence.image.bootstrap import bootstrap
-    from ringfence.linux.paths import state_dir
-
-    own = state_dir()
-    found, state = _find_base()
-    if found and state != own and not args.force and args.suite in ("auto", found.suite):
-        _say(f"base: using root's, {state} has it")
-        return 0
-    # A polite kill cleans up as Ctrl-C does; what kill -9 leaves, the next bootstrap removes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        made, fresh = bootstrap(own, suite=args.suite, force=args.force, say=_say)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was built")
-        return 130
-    _say(f"base: {'built' if fresh else 'already there'}: Debian {made.suite}, {made.digest}")
-    return 0
+    print(f"image: {one_line(step)}", file=sys.stderr, flush=True)
 
 
-def _rm(args: "argparse.Namespace") -> int:
-    from ringfence.errors import ImageError
-    from ringfence.image import store
-    from ringfence.linux.paths import state_dir
-
-    if args.name == "host":
-        raise ImageError("'host' is this host's own files, there is nothing to remove")
-    state = state_dir()
-    with store.locked(state, lambda: _say("waiting for another image command")):
-        if args.name not in store.NAMES or not store.remove(state, args.name):
-            raise ImageError(f"no built image {args.name!r}", hint="'ringfence image ls' lists them")
-    print(args.name)
-    return 0
-
-
-def _host_facts() -> dict[str, object]:
-    from ringfence.image.host import host_digest
-
-    return {"name": "host", "state": "ready", "digest": host_digest()}
-
-
-def _base_facts() -> dict[str, object]:
-    found, _ = _find_base()
-    if found is None:
-        return {"name": "base", "state": "not built"}
-    return {
-        "name": "base",
-        "state": "ready",
-        "suite": found.suite,
-        "size_bytes": found.size_bytes,
-        "digest": found.digest,
-        "created": found.created,
-    }
-
-
-def _find_base() -> "tuple[Manifest | None, str]":
-    """Return the manifest of the base that a run would take and the state directory that holds it."""
-    from ringfence.image import store
-    from ringfence.linux.paths import image_states, state_dir
-
-    for state in image_states(state_dir()):
-        found = store.manifest(state, "base")
-        if found is not None:
-            return found, state
-    return None, ""
-
-
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
+    """Print `value`, plain data or msgspec Structs, as JSON for people and programs."""
     import msgspec
 
     print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
-def _say(step: str) -> None:
-    print(f"image: {step}", file=sys.stderr, flush=True)
+def _parser() -> "argparse.ArgumentParser":
+    import argparse
+
+    from ringfence.cli.image_pull import add_parser as add_pull
+    from ringfence.cli.parser import Parser
+
+    parser = Parser(
+        prog="ringfence image",
+        description="Bring images here, look at them, check them, remove them.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(  # type: ignore[assignment]
+        dest="command", required=True, metavar="COMMAND"
+    )
+    add_pull(commands)
+    _add_makers(commands)
+    _add_lookers(commands)
+    return parser
+
+
+def _add_makers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    brought = commands.add_parser(
+        "import", help="make an image of a directory, a tar or another tool's image"
+    )
+    brought.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="DIR, TAR (plain, gzip, zstd), - for a tar on standard input; or an image: oci:DIR[:TAG], "
+        "oci-archive:FILE, docker-archive:FILE, containers-storage:NAME",
+    )
+    brought.add_argument(
+        "name", nargs="?", metavar="NAME", help="what to call it here; needed for DIR and TAR"
+    )
+    brought.add_argument("--platform", default="", metavar="OS/ARCH", help="default: this host's")
+    brought.add_argument("--json", action="store_true", help="print the image's record")
+    boot = commands.add_parser("bootstrap", help="build an image from Debian packages, unless it is there")
+    boot.add_argument("what", metavar="WHAT", help="base, or debian:bookworm, debian:trixie")
+    boot.add_argument("--suite", default="auto", help="for base: bookworm or trixie; default: this host's")
+    boot.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PACKAGES",
+        help="more packages, separated by commas",
+    )
+    boot.add_argument("--name", metavar="NAME", help="what to call it; default: WHAT")
+    boot.add_argument("--force", action="store_true", help="build it anew")
+    boot.add_argument("--json", action="store_true", help="print the image's record")
+    export = commands.add_parser("export", help="write an image as an OCI layout")
+    export.add_argument("name", metavar="NAME")
+    export.add_argument("target", metavar="TARGET", help="oci:DIR[:TAG] or oci-archive:FILE[:TAG]")
+    export.add_argument("--json", action="store_true", help="print what was written")
+
+
+def _add_lookers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for command, text in (
+        ("ls", "list the images"),
+        ("inspect", "print everything known about an image, as JSON"),
+        ("history", "show how an image was built"),
+        ("rm", "remove names, and images that have no other"),
+        ("prune", "remove images without a name, and what no image needs any more"),
+        ("verify", "hash every blob again and compare unpacked layers with their archives"),
+    ):
+        verb = commands.add_parser(command, help=text)
+        if command in ("inspect", "history"):
+            verb.add_argument("name", metavar="NAME", help="name, digest, or the beginning of a digest")
+        elif command == "rm":
+            verb.add_argument(
+                "names", nargs="+", metavar="NAME", help="name, digest, or beginning of a digest"
+            )
+        elif command == "verify":
+            verb.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+        verb.add_argument("--json", action="store_true", help="print JSON")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ringfence.cli.image_pull import Teller
+    from ringfence.plan.document import Plan
+
 _TIERS = ("auto", "linux", "gvisor", "microvm")
 _ULIMITS = {
     "nofile": "limits.open_files",
@@ -26,8 +29,10 @@ _ULIMITS = {
 WHAT = (
     Flag("-i", "--isolation", choices=_TIERS, help="tier (docker's -i is --interactive here)"),
     Flag("--policy", default="untrusted", metavar="FILE|PRESET", help="default: untrusted"),
-    Flag("--image", metavar="REF", help="base (default) or host"),
+    Flag("--image", metavar="REF", help="an image here or in a registry; base (default), or host"),
     Flag("--rootfs", metavar="DIR", help="use this directory as the image"),
+    Flag("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch the image"),
+    Flag("--platform", metavar="OS/ARCH", default="", help="of an image for several; default: this host's"),
     Flag("--runtime", choices=("crun", "runc"), help="default: the first that works here"),
     Flag(
         "--allow-unenforced",
@@ -57,6 +62,7 @@ FIELDS = (
     Flag("--set", kind="list", metavar="FIELD=VALUE", help="any field, e.g. limits.disk=1GiB"),
 )
 JOB = (
+    Flag("--entrypoint", metavar="PROGRAM", help="in place of the image's own; '' for none"),
     Flag("-e", "--env", kind="list", metavar="NAME[=VALUE]", help="environment; nothing else gets in"),
     Flag("-w", "--workdir", metavar="DIR", help="working directory inside, default /work"),
 )
@@ -127,6 +133,9 @@ def request(args: "argparse.Namespace") -> Request:
         image=args.image,
         rootfs=args.rootfs,
         runtime=args.runtime or "",
+        pull=args.pull,
+        platform=args.platform,
+        teller=_teller,
         allow_unenforced=tuple(field for item in args.allow_unenforced for field in item.split(",")),
     )
 
@@ -243,3 +252,22 @@ def _truth(option: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise UsageError(f"{option}={text!r} is neither true nor false")
     return text == "true"
+
+
+def _teller() -> "Teller":
+    from ringfence.cli.image_pull import Teller
+
+    return Teller(quiet=False)
+
+
+def whole_command(plan: "Plan", entrypoint: str | None, given: list[str]) -> list[str]:
+    """Return what to execute: the image's entrypoint with the words given, or with its own command for none."""
+    if entrypoint is not None:
+        found = [*([entrypoint] if entrypoint else []), *given]
+    else:
+        found = [*plan["entrypoint"], *(given or plan["command"])]
+    if not found:
+        raise UsageError(
+            "no command was given, and the image names none", hint="ringfence run -- COMMAND ARG ..."
+        )
+    return found

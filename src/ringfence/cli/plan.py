@@ -3,11 +3,19 @@
 import argparse
 
 from ringfence.cli.flags import add_flags
-from ringfence.cli.options import JOB, add_policy_options, check_workdir, environment, request, split
+from ringfence.cli.options import (
+    JOB,
+    add_policy_options,
+    check_workdir,
+    environment,
+    request,
+    split,
+    whole_command,
+)
 from ringfence.cli.parser import Parser
 from ringfence.errors import one_line
+from ringfence.sandbox.launch import merged_env
 from ringfence.sandbox.prepare import plan_for
-from ringfence.sandbox.run import merged_env
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +52,8 @@ def main(argv: list[str]) -> int:
     command = (args.command or []) + (command or [])
     check_workdir(args.workdir)
     plan = plan_for(request(args))
+    if command or args.entrypoint or plan["entrypoint"] or plan["command"]:
+        command = whole_command(plan, args.entrypoint, command)
     env = merged_env(plan["env"], environment(args.env))
     if args.json or args.oci:
         import json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
@@ -75,20 +74,20 @@ def _facts(entry: Entry) -> dict[str, object]:
     return {
         "id": entry.id,
         **facts,
-        "state": _state(entry, record, ended),
+        "state": _state(entry, ended),
         "created": _time(record.get("created_ns")),
         "ended": _time(ended.get("ended_ns")),
         **{key: ended.get(key) for key in ("exit_status", "timed_out", "oom_killed", "output_truncated")},
     }
 
 
-def _state(entry: Entry, record: dict[str, object], ended: dict[str, object]) -> str:
+def _state(entry: Entry, ended: dict[str, object]) -> str:
     """Say "starting", "running", "exited", "killed" (nobody knows its exit status) or "dead" (not cleaned up)."""
     if ended:
         return "killed" if ended.get("exit_status") is None else "exited"
     if not entry.alive():
         return "dead"
-    return "running" if record and os.path.lexists(entry.path("control.sock")) else "starting"
+    return "running" if entry.started() else "starting"
 
 
 def _usage(entry: Entry) -> dict[str, object]:

@@ -13,6 +13,7 @@ from ringfence.cli.options import (
     environment,
     request,
     split,
+    whole_command,
 )
 from ringfence.cli.terminal import Signals, fill_standard_streams
 from ringfence.errors import UsageError, one_line
@@ -72,14 +73,13 @@ def main(argv: list[str]) -> int:
     words, command = split(argv)
     args = quick((*FLAGS, *WHAT, *FIELDS), words) or parser().parse_args(words)
     command = (args.command or []) + (command or [])
-    if not command:
-        raise UsageError("no command was given", hint="ringfence run -- COMMAND ARG ...")
     if args.json and (args.tty or args.detach):
         raise UsageError("--json goes with neither --tty nor --detach")
     _check_name(args.name)
     check_workdir(args.workdir)
     env = environment(args.env)
     plan = plan_for(request(args))
+    command = whole_command(plan, args.entrypoint, command)
     with Signals() as signals:
         return _run(args, command, env, plan, signals)
 
@@ -89,7 +89,13 @@ def _run(
 ) -> int:
     proof_file = _ProofFile(args.proof)
     running = launch.prepare(
-        plan, name=args.name, argv=command, detached=args.detach, remove=args.rm or not args.detach
+        plan,
+        name=args.name,
+        argv=command,
+        detached=args.detach,
+        remove=args.rm or not args.detach,
+        env=env,
+        cwd=args.workdir,
     )
     keep = False
     try:

@@ -28,13 +28,17 @@ _OTHER_END = {
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A mount of the policy with its `source` resolved: absolute, no symlinks; `given` is what the user wrote."""
+    """A mount of the policy with its `source` resolved: absolute, no symlinks; `given` is what the user wrote.
+
+    `rule` is what the devices cgroup calls a device, with the access that the policy gives: "c 10:229 rw".
+    """
 
     given: str
     source: str
     target: str
     kind: Kind
     read_only: bool
+    rule: str = ""
 
 
 def resolve_sources(policy: Policy, *, own: tuple[str, ...]) -> tuple[Source, ...]:
@@ -100,15 +104,17 @@ def _follow(path: str) -> tuple[str, str]:
 
 
 def _device(text: str) -> Source:
-    path, _, _ = text.partition(":")
+    path, _, access = text.partition(":")
     try:
         source = os.path.realpath(path, strict=True)
-        mode = os.lstat(source).st_mode
+        found = os.lstat(source)
     except OSError as error:
         raise MountError(f"device {path!r}: {error.strerror}", hint="'ls -l /dev' lists them") from error
-    if _kind(mode) != "device" or not _inside(source, "/dev"):
+    if _kind(found.st_mode) != "device" or not _inside(source, "/dev"):
         raise MountError(f"{path!r} is not a device node in /dev", hint="name one, such as /dev/fuse")
-    return Source(path, source, path, "device", False)
+    letter = "b" if stat.S_ISBLK(found.st_mode) else "c"
+    number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+    return Source(path, source, path, "device", False, f"{letter} {number} {access or 'rw'}")
 
 
 def _kind(mode: int) -> Kind:

@@ -7,7 +7,13 @@ import msgspec
 from ringfence.host.facts import BlockDevice
 from ringfence.host.kernelfiles import text
 
-# The kernel from which a file system can be mounted with mapped ids: mount_setattr(2), NOTES.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "proc", "sysfs"})
+# The kernel from which a file system can be mounted with mapped ids: mount_setattr(2), NOTES. An overlay cannot be,
+# only its layers can.
 _IDMAPPED_SINCE = {
     "ext4": (5, 12),
     "vfat": (5, 12),
@@ -16,7 +22,6 @@ _IDMAPPED_SINCE = {
     "ntfs3": (5, 15),
     "f2fs": (5, 18),
     "erofs": (5, 19),
-    "overlay": (5, 19),
     "squashfs": (6, 2),
     "tmpfs": (6, 3),
 }
@@ -82,3 +87,20 @@ def _number_of(source: str) -> str:
     if found is None or not stat.S_ISBLK(found.st_mode):
         return ""
     return f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+
+
+def disks_below(paths: "Sequence[str]") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the numbers of the disks that `paths` lie on, and those paths whose disk is not known.
+
+    What lies in memory has no disk.
+    """
+    numbers: set[str] = set()
+    unknown: list[str] = []
+    for path in paths:
+        filesystem = filesystem_of(path)
+        disk = block_device(filesystem)
+        if disk is not None:
+            numbers.add(disk.number)
+        elif filesystem.kind not in _IN_MEMORY:
+            unknown.append(path)
+    return tuple(sorted(numbers)), tuple(unknown)

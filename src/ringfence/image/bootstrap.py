@@ -1,6 +1,6 @@
-"""Builds `base` with mmdebstrap: once, under a lock, and either wholly or not at all.
+"""Builds images from Debian packages with mmdebstrap, for a machine that has no registry; `base` is one of them.
 
-mmdebstrap writes a tar stream; base.py decides what of it stays. Whoever builds, root owns all of it inside.
+mmdebstrap writes a tar stream; base.py decides what of it stays; then it is an image of one layer like any other.
 
 mmdebstrap mounts parts of the host, /dev/shm among them, into its chroot, and leaves all that behind when it
 is killed. So it runs in mount and PID namespaces that end with us, however we end, and its chroot lies on a
@@ -8,6 +8,7 @@ tmpfs in them: no process, mount or file of it is left, and no directory of ours
 """
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -15,104 +16,135 @@ import time
 from collections import deque
 from contextlib import suppress
 
-import msgspec
-
 from ringfence.errors import ImageError
 from ringfence.image import store
-from ringfence.image.base import write_base
-from ringfence.image.find import images_dir
-from ringfence.image.sources import host_suite, sources
+from ringfence.image.base import BASE, DEBIAN, Recipe, rewrite
+from ringfence.image.importing import making
+from ringfence.image.sources import SUITES, host_suite, sources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO
 
-# The Essential packages come with them. usr-is-merged keeps out usrmerge, and with it 50 MB of Perl.
-PACKAGES = ("python3", "usr-is-merged")
+    from ringfence.image.record import ImageRecord
+
 _MERGED_USR_HOOK = "/usr/share/mmdebstrap/hooks/merged-usr"
 _NAMESPACES = ("--mount", "--propagation=private", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
-_ON_TMPFS = 'mount -t tmpfs -o size=2g,mode=1777 none /tmp && exec "$@"'  # a chroot of about 200 MB
+_ON_TMPFS = 'mount -t tmpfs -o size=75%,mode=1777 none /tmp && exec "$@"'  # a chroot of about 200 MB
 _USER_HINT = (
     "check the network; /etc/subuid and /etc/subgid must give you a range; or let root build it, once for all"
 )
 _STEPS = ("I: downloading ", "I: extracting ", "I: installing ", "I: creating ")
+# Source: Debian Policy 5.6.1, "Source"; the names of packages follow the same rule.
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 
 
 def bootstrap(
-    state: str, *, suite: str, force: bool, say: "Callable[[str], None]"
-) -> tuple[store.Manifest, bool]:
-    """Return the manifest of `base` in `state` and whether it was built now; with `force` it is built anew.
+    state: str,
+    what: str,
+    *,
+    name: str,
+    suite: str = "auto",
+    include: tuple[str, ...] = (),
+    force: bool = False,
+    say: "Callable[[str], None]",
+) -> "tuple[ImageRecord, bool]":
+    """Return the image `name` made of `what`, and whether it was built now; with `force` it is built anew.
 
-    `suite` is "bookworm", "trixie" or "auto" (the host's own, where that is one of the two); `say` is told
-    each step. Raises ImageError.
+    `what` is "base", of the given `suite`, or "debian:SUITE"; `suite` is "bookworm", "trixie" or "auto" (the host's
+    own, where that is one of the two); `include` names more packages. `say` is told each step. Raises ImageError.
     """
-    with store.locked(state, lambda: say("waiting for another bootstrap")) as lock:
-        found = store.manifest(state, "base")
-        wanted = _suite(suite)
-        if found is not None and not force and suite in ("auto", found.suite):
+    from ringfence.image.reference import encode
+
+    recipe, wanted = _recipe(what, suite)
+    for package in include:
+        if not _PACKAGE.fullmatch(package):
+            raise ImageError(f"{package!r} is no name of a Debian package")
+    packages = tuple(dict.fromkeys((*recipe.packages, *sorted(include))))
+    made_by = f"ringfence image bootstrap {what}, Debian {wanted}: {' '.join(packages)}"
+    with store.named(state, encode(name), lambda: say("waiting for another bootstrap")) as lock:
+        found = _found(state, name)
+        if (
+            found is not None
+            and not force
+            and _is_it(found, made_by, any_suite=suite == "auto" and what == "base")
+        ):
             return found, False
-        home = os.path.join(images_dir(state), "base")
-        building = os.path.join(home, f"{store.BUILDING}{os.getpid()}")
-        try:
-            store.make_directory(home)
-            store.sweep(state, "base")
-            store.make_directory(building)
-            made = _build(building, wanted, lock, say)
-            store.publish(home, os.path.join(building, "image"), made.digest)
-        except OSError as error:
-            raise ImageError(
-                f"cannot build base in {home}: {error.strerror}", hint="check space and rights"
-            ) from error
-        finally:
-            store.remove_tree(building)
-        store.sweep(state, "base")
-        return made, True
+        with making(state) as work:
+            say(f"bootstrapping Debian {wanted}: half a minute or so")
+            lines = sources(wanted)
+            started_s = int(time.time())
+            try:
+                layer = work.plain_layer(
+                    lambda out: _unpack(
+                        _mmdebstrap(recipe, packages, wanted, lock, listed=bool(lines)),
+                        lines,
+                        lambda stream: rewrite(stream, out, recipe, started_s=started_s),
+                        say,
+                    )
+                )
+            except OSError as error:
+                raise store.cannot("build in", store.images_dir(state), error) from error
+            record = work.image(
+                name,
+                layer,
+                source=f"bootstrap:{what}",
+                made_by=made_by,
+                command=recipe.command,
+                env=recipe.env,
+                # Root owns all in it and nobody else can change any of it, so every user of this host may run it.
+                shared=recipe.cut_down and os.geteuid() == 0,
+                say=say,
+            )
+        return record, True
 
 
-def _suite(suite: str) -> str:
-    if suite != "auto":
-        return suite
-    with open("/etc/os-release", encoding="utf-8", errors="replace") as file:
-        return host_suite(file.read())
+def _recipe(what: str, suite: str) -> tuple[Recipe, str]:
+    """Return the recipe and the suite that `what` and `suite` mean together."""
+    distribution, _, tag = what.partition(":")
+    recipe = {"base": BASE, "debian": DEBIAN}.get(distribution)
+    if recipe is None or (recipe is BASE and tag) or (tag and suite not in ("auto", tag)):
+        raise ImageError(
+            f"cannot bootstrap {what!r}" + (f" of the suite {suite!r}" if suite != "auto" else ""),
+            hint=f"take base, or one of: {', '.join(f'debian:{one}' for one in SUITES)}",
+        )
+    chosen = tag or suite
+    if chosen == "auto":
+        with open("/etc/os-release", encoding="utf-8", errors="replace") as file:
+            chosen = host_suite(file.read())
+    if chosen not in SUITES:
+        raise ImageError(f"no suite {chosen!r}", hint=f"take one of: {', '.join(SUITES)}")
+    return recipe, chosen
 
 
-def _build(building: str, suite: str, lock: int, say: "Callable[[str], None]") -> store.Manifest:
-    image = os.path.join(building, "image")
-    root = os.path.join(image, "rootfs")
-    store.make_directory(image)
-    say(f"bootstrapping Debian {suite}: half a minute or so")
-    lines = sources(suite)
-    digest, size_bytes = _unpack(_mmdebstrap(suite, lock, listed=bool(lines)), lines, root, say)
-    made = store.Manifest(
-        name="base",
-        digest=digest,
-        suite=suite,
-        architecture=_output("dpkg", "--print-architecture").strip(),
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        size_bytes=size_bytes,
-        packages=_packages(root),
-    )
-    with open(os.path.join(image, "manifest.json"), "wb") as file:
-        os.fchmod(file.fileno(), 0o644)
-        file.write(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
-    return made
+def _found(state: str, name: str) -> "ImageRecord | None":
+    digest = store.resolve(state, name)
+    return None if digest is None else store.read_record(state, digest)
 
 
-def _mmdebstrap(suite: str, lock: int, *, listed: bool) -> "subprocess.Popen[bytes]":
+def _is_it(record: "ImageRecord", made_by: str, *, any_suite: bool) -> bool:
+    """Say whether `record` was made so; a base that is there is good enough, whatever suite this host has now."""
+    found = record.history[0].created_by if record.history else ""
+    return found == made_by or (any_suite and found.startswith(made_by.partition(",")[0] + ","))
+
+
+def _mmdebstrap(
+    recipe: Recipe, packages: tuple[str, ...], suite: str, lock: int, *, listed: bool
+) -> "subprocess.Popen[bytes]":
     """Start mmdebstrap, which writes a tar to standard output.
 
     With `listed` it reads its sources from standard input, where no other user sees them; else it has own ones.
     """
-    for program in ("mmdebstrap", "mount", "setpriv", "unshare", "dpkg-query"):
+    for program in ("mmdebstrap", "mount", "setpriv", "unshare"):
         if shutil.which(program) is None:
             raise ImageError(
-                f"{program} is not installed", hint="apt-get install mmdebstrap mount util-linux dpkg"
+                f"{program} is not installed", hint="apt-get install mmdebstrap mount util-linux"
             )
     mapped = [] if os.geteuid() == 0 else ["--map-root-user", "--map-auto"]
     command = ["setpriv", "--pdeathsig=KILL", "unshare", *mapped, *_NAMESPACES, "sh", "-c", _ON_TMPFS, "sh"]
-    command += ["mmdebstrap", "--mode=root", "--variant=essential", "--format=tar"]
-    command += [f"--include={','.join(PACKAGES)}"]
+    command += ["mmdebstrap", "--mode=root", f"--variant={recipe.variant}", "--format=tar"]
+    command += [f"--include={','.join(packages)}"]
     command += [f"--hook-dir={_MERGED_USR_HOOK}"] if os.path.isdir(_MERGED_USR_HOOK) else []
     command += [suite, "-", "-"] if listed else [suite, "-"]
     passed_on = {
@@ -131,9 +163,12 @@ def _mmdebstrap(suite: str, lock: int, *, listed: bool) -> "subprocess.Popen[byt
 
 
 def _unpack(
-    process: "subprocess.Popen[bytes]", lines: str, root: str, say: "Callable[[str], None]"
-) -> tuple[str, int]:
-    """Feed the process, unpack what it writes into `root`, and see that both end well; else it is stopped."""
+    process: "subprocess.Popen[bytes]",
+    lines: str,
+    consume: "Callable[[IO[bytes]], object]",
+    say: "Callable[[str], None]",
+) -> None:
+    """Feed the process, let `consume` read what it writes, and see that both end well; else it is stopped."""
     assert process.stdin and process.stdout and process.stderr  # noqa: S101 - for the type checker: all are pipes
     last: deque[str] = deque(maxlen=5)
     listener = threading.Thread(target=_listen, args=(process.stderr, last, say), daemon=True)
@@ -144,7 +179,7 @@ def _unpack(
             process.stdin.write(lines.encode())
             process.stdin.close()
         try:
-            result = write_base(process.stdout, root)
+            consume(process.stdout)
         except ImageError as error:
             broken = error
         _drain(process.stdout)
@@ -161,7 +196,6 @@ def _unpack(
         )
     if broken is not None:
         raise broken
-    return result
 
 
 def _listen(stream: "IO[bytes]", last: deque[str], say: "Callable[[str], None]") -> None:
@@ -187,13 +221,3 @@ def _drain(output: "IO[bytes]") -> None:
     """Read to the end, which comes when no process is left that could write."""
     while output.read(1 << 16):
         pass
-
-
-def _packages(root: str) -> dict[str, str]:
-    database = f"--admindir={root}/var/lib/dpkg"
-    listing = _output("dpkg-query", database, "--show", "--showformat=${Package}\t${Version}\n")
-    return dict(line.split("\t") for line in listing.splitlines())
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

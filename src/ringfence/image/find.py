@@ -1,62 +1,67 @@
 """From --image REF or --rootfs DIR to an `Image`. On the way of every `run`: imports only `os`."""
 
 import os
-import stat
 
 from ringfence.errors import ImageError
 from ringfence.image.model import Image
+from ringfence.image.reference import canonical, encode, parse
 from ringfence.linux import paths
 
 DEFAULT = "base"
-CURRENT = "current"  # a symlink beside the builds of an image, to the build in use
-_BUILD = "sha256-"
+
+
+class ImageMissing(ImageError):
+    """There is no image of that name here; it may be fetched."""
 
 
 def find(ref: str | None, rootfs: str | None, *, state_dir: str) -> Image:
     """Return the image called `ref` (None: "base"), or that of the root directory `rootfs` of the user.
 
-    Raises ImageError when there is none, it has not been built, or the directory cannot safely be a root.
+    Raises ImageMissing when there is none, ImageError when a name or directory cannot be one.
     """
     if rootfs is not None:
         if ref is not None:
             raise ImageError("--image and --rootfs both name the image", hint="give one of them")
         return _directory(rootfs, state_dir)
-    name = DEFAULT if ref is None else ref
-    if name == "host":
+    if ref == "host":
         from ringfence.image.host import host_digest
 
-        return Image("host", host_digest(), "host", "")
-    if name == "base":
-        for state in paths.image_states(state_dir):
-            build = current_build(state, name)
-            if build:
-                root = os.path.join(images_dir(state), name, build, "rootfs")
-                return Image(name, build.replace("-", ":", 1), "rootfs", root)
+        return Image("host", host_digest(), "host")
+    reference = parse(DEFAULT if ref is None else ref)
+    if reference.transport == "dir":
+        return _directory(reference.path, state_dir)
+    name = canonical(reference)
+    for state in paths.image_states(state_dir):
+        found = _in_store(state, name)
+        if found is not None:
+            return found
+    if name == "base:latest":
         raise ImageError(
             "the image 'base' has not been built",
             hint="run: ringfence image bootstrap base, or use --image host",
         )
-    raise ImageError(
+    raise ImageMissing(
         f"no image {name!r}", hint="'ringfence image ls' lists them; a directory is given with --rootfs"
     )
 
 
 def images_dir(state: str) -> str:
-    """Return the directory in the state directory `state` that holds a directory for each built image."""
+    """Return the directory in the state directory `state` that holds the store of images."""
     return os.path.join(state, "images")
 
 
-def current_build(state: str, name: str) -> str:
-    """Return the name ("sha256-" and 64 digits) of the build of `name` in use, "" if there is none."""
-    home = os.path.join(images_dir(state), name)
+def _in_store(state: str, name: str) -> Image | None:
+    """Look a canonical name up: its link in the store names the record, and with it the digest."""
     try:
-        build = os.readlink(os.path.join(home, CURRENT))
-        whole = stat.S_ISDIR(os.lstat(os.path.join(home, build, "rootfs")).st_mode)
+        target = os.path.basename(os.readlink(f"{images_dir(state)}/refs/{encode(name)}"))
     except OSError:
-        return ""
-    digits = build.removeprefix(_BUILD)
-    named = build.startswith(_BUILD) and len(digits) == 64 and not digits.strip("0123456789abcdef")
-    return build if whole and named else ""
+        return None
+    record = f"{images_dir(state)}/images/{target}"
+    digest = target.removesuffix(".json").replace("sha256-", "sha256:", 1)
+    digits = digest.removeprefix("sha256:")
+    if len(digits) != 64 or digits.strip("0123456789abcdef") or not os.path.exists(record):
+        return None
+    return Image(name, digest, "store", record, state)
 
 
 def _directory(given: str, state_dir: str) -> Image:

@@ -9,10 +9,6 @@ files stay hidden.
 import os
 import stat
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 # Not bound one by one as the host has them: those of a merged /usr are symlinks, the others directories.
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Directories of certificates and of symlinks into /usr; /etc/ssl/private is not in the first one.
@@ -89,26 +85,6 @@ def host_digest(root: str = "/") -> str:
                 f"{found.st_dev},{found.st_ino},{found.st_mode},{found.st_size},{found.st_mtime_ns};".encode()
             )
     return f"host:{facts.hexdigest()}"
-
-
-def write_skeleton(view: HostView, directory: str, mount_points: "Iterable[str]") -> None:
-    """Write all of `view` but the bound content into the new `directory`, with empty directories to mount on.
-
-    `mount_points` are further ones, relative. Raises OSError.
-    """
-    from io import BytesIO
-
-    from ringfence.image.tree import TreeWriter
-
-    tree = TreeWriter(directory)
-    for path in (*view.binds, *mount_points):
-        tree.directory(path.lstrip("/"), 0o755)
-    for path, content in view.files:
-        tree.directory(os.path.dirname(path).lstrip("/"), 0o755)
-        tree.file(path.lstrip("/"), 0o644, BytesIO(content))
-    for path, target in view.symlinks:
-        tree.symlink(path.lstrip("/"), target)
-    tree.finish()
 
 
 def _is_public_directory(path: str) -> bool:

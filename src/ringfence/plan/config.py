@@ -1,8 +1,9 @@
 """The OCI config.json of a plan, without what differs from sandbox to sandbox."""
 
 from ringfence.host.facts import Host
+from ringfence.host.sources import Source
 from ringfence.plan.document import Control, Value
-from ringfence.plan.limits import resources, rlimits
+from ringfence.plan.limits import Disks, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, Namespace, OciConfig
 from ringfence.plan.seccomp_match import LinuxSeccomp
 from ringfence.plan.stage import AGENT
@@ -55,7 +56,7 @@ def config(
     user: tuple[int, int],
     range_size: int,
     seccomp: LinuxSeccomp,
-    writes_to_disk: bool,
+    disks: Disks,
     skip: frozenset[str],
 ) -> OciConfig:
     """Return the runtime-spec object; the command in it is the agent, which gets the job's over its socket."""
@@ -93,7 +94,13 @@ def config(
             "uidMappings": [] if host.rootless else [{**mapping}],  # type: ignore[typeddict-item]
             "gidMappings": [] if host.rootless else [{**mapping}],  # type: ignore[typeddict-item]
             "cgroupsPath": BY_RUN,
-            "resources": resources(policy.limits, host, writes_to_disk=writes_to_disk, skip=skip),
+            "resources": resources(
+                policy.limits,
+                host,
+                disks=disks,
+                skip=skip,
+                devices=tuple(source.rule for source in extra_devices(workload)),
+            ),
             "sysctl": dict(sorted(policy.sysctls.items())),
             "seccomp": seccomp,
             "rootfsPropagation": "private",
@@ -146,22 +153,29 @@ def _mounts(policy: Policy, workload: Workload) -> list[Mount]:
     if policy.filesystem.sysfs:
         options = ["nosuid", "nodev", "noexec", "ro"]
         mounts.append({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": options})
-    for source in workload.sources:
-        if source.kind == "device":
-            mounts.append(
-                {
-                    "destination": source.target,
-                    "type": "bind",
-                    "source": source.source,
-                    "options": ["bind", "nosuid", "noexec"],
-                }
-            )
+    for source in extra_devices(workload):
+        mounts.append(
+            {
+                "destination": source.target,
+                "type": "bind",
+                "source": source.source,
+                "options": ["bind", "nosuid", "noexec"],
+            }
+        )
     return mounts
 
 
-def config_controls(policy: Policy, oci: OciConfig, host: Host, skip: frozenset[str]) -> list[Control]:
+def extra_devices(workload: Workload) -> list[Source]:
+    """Return the devices of the policy, without those that are always there."""
+    always = [f"/dev/{name}" for name in DEVICES]
+    return [source for source in workload.sources if source.kind == "device" and source.target not in always]
+
+
+def config_controls(
+    policy: Policy, workload: Workload, oci: OciConfig, host: Host, skip: frozenset[str]
+) -> list[Control]:
     """Return what the kernel must show of `oci`, apart from limits and staged mounts."""
-    process = oci["process"]
+    process, devices = oci["process"], extra_devices(workload)
     rows: list[tuple[str, str, Value]] = [
         ("credentials.uid", "user", process["user"]["uid"]),
         ("credentials.gid", "user", process["user"]["gid"]),
@@ -182,19 +196,19 @@ def config_controls(policy: Policy, oci: OciConfig, host: Host, skip: frozenset[
         ("mounts.others", "filesystem.mounts", []),
         ("paths.masked", "filesystem.sysfs", oci["linux"]["maskedPaths"]),
         ("paths.read_only", "filesystem.sysfs", oci["linux"]["readonlyPaths"]),
-        ("devices.nodes", "devices", sorted([*DEVICES, *_device_names(policy)])),
+        (
+            "devices.nodes",
+            "devices",
+            sorted([*DEVICES, *(device.target.removeprefix("/dev/") for device in devices)]),
+        ),
         *((f"sysctl:{name}", "sysctls", value) for name, value in oci["linux"]["sysctl"].items()),
         ("descriptors", "descriptors", ["0", "1", "2"]),
     ]
     if host.cgroup.version in ("v1", "hybrid") and not host.rootless:
-        rows.append(("cgroup.devices", "devices", []))
+        rows.append(("cgroup.devices", "devices", sorted(device.rule for device in devices)))
     if "apparmorProfile" in process:
         rows.append(("lsm.apparmor", "lsm", APPARMOR_PROFILE))
     return [{"name": name, "field": field, "asked": asked} for name, field, asked in rows]
-
-
-def _device_names(policy: Policy) -> list[str]:
-    return [device.partition(":")[0].removeprefix("/dev/") for device in policy.devices]
 
 
 def _mount_rows(policy: Policy) -> list[tuple[str, str, Value]]:

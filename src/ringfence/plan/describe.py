@@ -35,5 +35,7 @@ def describe(op: Op) -> str:
     if op["op"] == "overlay":
         way = f"writes to {op['upper']}" if op["upper"] else "read-only"
         return f"overlay of {' over '.join(op['lower'])} on {where}, {way}"
+    if op["op"] == "share":
+        return f"show {op['source']} on {where} as well"
     way = "read-only" if op["read_only"] else "WRITABLE"
     return f"bind {one_line(op['source'])} on {where}, {way}, {_IDS[op['ids']]}"

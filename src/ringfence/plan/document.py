@@ -93,6 +93,15 @@ class Overlay(TypedDict):
     lower: list[str]
     upper: str
     at: str
+    user: bool  # marks of deleted files are in user.* attributes: an overlay of a user's own
+
+
+class Share(TypedDict):
+    """Show the staged directory `source` at `at` in the staged root as well."""
+
+    op: Literal["share"]
+    source: str
+    at: str
 
 
 class Hide(TypedDict):
@@ -102,7 +111,7 @@ class Hide(TypedDict):
     path: str
 
 
-Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Bind | Overlay | Hide
+Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Bind | Share | Overlay | Hide
 
 Vantage = Literal["observed", "reported", "probed", "not observable"]
 Value = str | int | bool | None | list[str]
@@ -123,6 +132,15 @@ class Unenforced(TypedDict):
     reason: str
 
 
+class FilterSample(TypedDict):
+    """A system call to try on the seccomp filter that the kernel holds: its number and up to six arguments."""
+
+    call: str
+    number: int
+    arch: int
+    args: list[int]
+
+
 class RuntimeChoice(TypedDict):
     """The program that carries out the plan."""
 
@@ -132,10 +150,11 @@ class RuntimeChoice(TypedDict):
 
 
 class ImageChoice(TypedDict):
-    """Which image, by name and identity."""
+    """Which image, by name and identity; `record` is the file that holds an image of the store, "" for others."""
 
     name: str
     digest: str
+    record: str
 
 
 class User(TypedDict):
@@ -157,8 +176,11 @@ class Plan(TypedDict):
     policy_digest: str
     host_digest: str
     user: User
+    entrypoint: list[str]
+    command: list[str]
     env: list[str]
     cwd: str
+    stop_signal: int
     time_s: float | None
     output_bytes: int | None
     cgroup: dict[str, object]
@@ -167,6 +189,7 @@ class Plan(TypedDict):
     stage: list[Op]
     oci: OciConfig
     controls: list[Control]
+    filter_samples: list[FilterSample]
     unenforced: list[Unenforced]
     summary: list[str]
     digest: NotRequired[str]

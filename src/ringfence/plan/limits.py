@@ -1,9 +1,11 @@
 """From a policy's limits to rlimits and cgroup resources of the OCI spec, and what the kernel will show of them."""
 
+import msgspec
+
 from ringfence.cgroup.weight import shares_of_weight
 from ringfence.host.facts import Host
 from ringfence.plan.document import Control, Value
-from ringfence.plan.oci import BlockIo, Cpu, Memory, Resources, Rlimit, Throttle
+from ringfence.plan.oci import BlockIo, Cpu, DeviceRule, Memory, Resources, Rlimit, Throttle
 from ringfence.policy.model import Io, Limits
 
 # The agent is a process of the job's user in the job's group; the job gets what the policy says beside it.
@@ -12,7 +14,12 @@ CPU_PERIOD_US = 100_000
 # The kernel refuses a quota below 1 ms: sched/core.c, min_cfs_quota_period.
 _LEAST_QUOTA_US = 1_000
 
-_DEFAULT_DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
+
+class Disks(msgspec.Struct, frozen=True):
+    """The block devices ("254:0") that a workload reads from, and whether it may write to any."""
+
+    numbers: tuple[str, ...]
+    written: bool
 
 
 _RLIMIT_FIELDS = {
@@ -65,21 +72,35 @@ def whole_pages(size_bytes: int, page_bytes: int) -> int:
     return size_bytes // page_bytes * page_bytes
 
 
-def resources(limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> Resources:
-    """Return ``linux.resources``; `skip` are fields that the user let pass unenforced."""
+def resources(
+    limits: Limits,
+    host: Host,
+    *,
+    disks: Disks,
+    skip: frozenset[str],
+    devices: tuple[str, ...] = (),
+) -> Resources:
+    """Return ``linux.resources``; `skip` are fields that the user let pass unenforced, `devices` rules to allow."""
     found: Resources = {
-        "devices": [{"allow": False, "access": "rwm"}],
+        "devices": [{"allow": False, "access": "rwm"}, *(_device_rule(rule) for rule in devices)],
         "memory": _memory(limits, host, skip),
         "cpu": _cpu(limits, host, skip),
     }
     if limits.pids is not None and "limits.pids" not in skip:
         found["pids"] = {"limit": limits.pids + AGENT_PROCESSES}
-    throttles = throttled(limits.io, host, writes_to_disk=writes_to_disk, skip=skip)
+    throttles = throttled(limits.io, disks, skip)
     if throttles:
-        found["blockIO"] = _block_io(throttles, host)
+        found["blockIO"] = _block_io(throttles, disks)
     if host.cgroup.version == "v2" and "limits.cpu_weight" not in skip:
         found["unified"] = {"cpu.weight": str(limits.cpu_weight)}
     return found
+
+
+def _device_rule(rule: str) -> DeviceRule:
+    """Return "c 10:229 rw" as the OCI spec writes it."""
+    kind, number, access = rule.split()
+    major, _, minor = number.partition(":")
+    return {"allow": True, "access": access, "type": kind, "major": int(major), "minor": int(minor)}
 
 
 def _memory(limits: Limits, host: Host, skip: frozenset[str]) -> Memory:
@@ -105,10 +126,8 @@ def _cpu(limits: Limits, host: Host, skip: frozenset[str]) -> Cpu:
     return found
 
 
-def throttled(io: Io, host: Host, *, writes_to_disk: bool, skip: frozenset[str]) -> dict[str, int]:
-    """Return {rbps, wbps, riops, wiops} of what is to be throttled on the disk of the images."""
-    if host.block is None:
-        return {}
+def throttled(io: Io, disks: Disks, skip: frozenset[str]) -> dict[str, int]:
+    """Return {rbps, wbps, riops, wiops} of what is to be throttled on each of `disks`."""
     wanted = {
         "rbps": ("limits.io.read", io.read_bytes_per_s),
         "wbps": ("limits.io.write", io.write_bytes_per_s),
@@ -118,30 +137,28 @@ def throttled(io: Io, host: Host, *, writes_to_disk: bool, skip: frozenset[str])
     return {
         key: value
         for key, (field, value) in wanted.items()
-        if value is not None and field not in skip and (writes_to_disk or key[0] == "r")
+        if disks.numbers and value is not None and field not in skip and (disks.written or key[0] == "r")
     }
 
 
-def _block_io(throttles: dict[str, int], host: Host) -> BlockIo:
-    assert host.block is not None  # noqa: S101 - throttled() is empty without one
-    major, minor = (int(part) for part in host.block.number.split(":"))
-
-    def device(key: str) -> list[Throttle]:
-        return [{"major": major, "minor": minor, "rate": throttles[key]}] if key in throttles else []
+def _block_io(throttles: dict[str, int], disks: Disks) -> BlockIo:
+    def on_each(key: str) -> list[Throttle]:
+        numbers = [disk.split(":") for disk in disks.numbers] if key in throttles else []
+        return [
+            {"major": int(major), "minor": int(minor), "rate": throttles[key]} for major, minor in numbers
+        ]
 
     return {
-        "throttleReadBpsDevice": device("rbps"),
-        "throttleWriteBpsDevice": device("wbps"),
-        "throttleReadIOPSDevice": device("riops"),
-        "throttleWriteIOPSDevice": device("wiops"),
+        "throttleReadBpsDevice": on_each("rbps"),
+        "throttleWriteBpsDevice": on_each("wbps"),
+        "throttleReadIOPSDevice": on_each("riops"),
+        "throttleWriteIOPSDevice": on_each("wiops"),
     }
 
 
-def cgroup_controls(
-    limits: Limits, host: Host, *, writes_to_disk: bool, skip: frozenset[str]
-) -> list[Control]:
+def cgroup_controls(limits: Limits, host: Host, *, disks: Disks, skip: frozenset[str]) -> list[Control]:
     """Return what the cgroup files must say for `resources` of the same arguments."""
-    asked = resources(limits, host, writes_to_disk=writes_to_disk, skip=skip)
+    asked = resources(limits, host, disks=disks, skip=skip)
     memory, cpu = asked["memory"], asked["cpu"]
     rows: list[tuple[str, str, Value]] = [("cgroup.membership", "limits.pids", True)]
     if "limit" in memory:
@@ -159,7 +176,11 @@ def cgroup_controls(
         rows.append(("cgroup.cpuset", "limits.cpuset", cpu["cpus"]))
     if "pids" in asked:
         rows.append(("cgroup.pids", "limits.pids", asked["pids"]["limit"]))
-    throttles = throttled(limits.io, host, writes_to_disk=writes_to_disk, skip=skip)
+    throttles = throttled(limits.io, disks, skip)
     names = {"rbps": "read", "wbps": "write", "riops": "read_iops", "wiops": "write_iops"}
-    rows += [(f"cgroup.io.{key}", f"limits.io.{names[key]}", value) for key, value in throttles.items()]
+    rows += [
+        (f"cgroup.io.{key}:{disk}", f"limits.io.{names[key]}", value)
+        for disk in disks.numbers
+        for key, value in throttles.items()
+    ]
     return [{"name": name, "field": field, "asked": value} for name, field, value in rows]

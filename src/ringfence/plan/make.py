@@ -3,12 +3,13 @@
 import msgspec
 
 from ringfence.errors import HostError, NotEnforceable
-from ringfence.host.enforce import Enforcement, Tier, enforcement, refusals, writes_to_disk
+from ringfence.host.enforce import Enforcement, Tier, enforcement, leaves, refusals, writes_to_disk
 from ringfence.host.facts import Host, Runtime, host_digest
 from ringfence.plan.config import RANGE_SIZE, config, config_controls
 from ringfence.plan.document import FORMAT, Control, Plan
-from ringfence.plan.limits import cgroup_controls, rlimit_controls
+from ringfence.plan.limits import Disks, cgroup_controls, rlimit_controls
 from ringfence.plan.seccomp import seccomp_for
+from ringfence.plan.seccomp_samples import samples
 from ringfence.plan.stage import WORK, stage, stage_controls
 from ringfence.plan.workload import Workload
 from ringfence.policy.digest import digest as policy_digest
@@ -20,7 +21,7 @@ _ROOTLESS_RANGE = 4096
 _LINUX_RUNTIMES = ("crun", "runc")
 # runc lets every container open /dev/net/tun, whatever the spec says, and no spec can take it back:
 # https://github.com/opencontainers/runc/blob/v1.1.5/libcontainer/specconv/spec_linux.go (AllowedDevices)
-_TUN = "c 10:200 rwm"
+_TUN = "c 10:200"
 
 
 def make_plan(
@@ -37,12 +38,13 @@ def make_plan(
     fields that may go unenforced. Raises NotEnforceable, HostError, PolicyError.
     """
     tier = choose_tier(policy)
-    unenforced = _refuse(policy, tier, host, allow_unenforced)
+    unenforced = _refuse(policy, workload, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
     range_size = _range_size(host, skip)
-    user = _user(policy, range_size)
+    user = _user(policy, workload, range_size)
     _ready(host, user, skip)
+    _devices(policy, host)
     seccomp = seccomp_for(
         policy.seccomp,
         arch=host.arch,
@@ -50,7 +52,7 @@ def make_plan(
         moby=workload.moby,
         kernel=host.kernel,
     )
-    disk = writes_to_disk(policy)
+    disks = Disks(workload.disks, writes_to_disk(policy))
     oci = config(
         policy,
         workload,
@@ -58,15 +60,18 @@ def make_plan(
         user=user,
         range_size=range_size,
         seccomp=seccomp.oci,
-        writes_to_disk=disk,
+        disks=disks,
         skip=skip,
     )
     ops = stage(policy, workload, host)
     limited = host.cgroup.writable and host.cgroup.version != "none"
+    # Only root may read a filter back from the kernel.
+    tried, answers = ([], []) if host.rootless else samples(seccomp.oci, host.arch)
     controls: list[Control] = [
-        *config_controls(policy, oci, host, skip),
+        *config_controls(policy, workload, oci, host, skip),
+        *([{"name": "seccomp.answers", "field": "seccomp", "asked": answers}] if tried else ()),
         *rlimit_controls(policy.limits, skip),
-        *(cgroup_controls(policy.limits, host, writes_to_disk=disk, skip=skip) if limited else ()),
+        *(cgroup_controls(policy.limits, host, disks=disks, skip=skip) if limited else ()),
         *stage_controls(ops),
     ]
     plan: Plan = {
@@ -74,20 +79,28 @@ def make_plan(
         "isolation": tier,
         "rootless": host.rootless,
         "runtime": {"name": program_name, "path": program.path, "version": program.version_text},
-        "image": {"name": workload.image, "digest": workload.image_digest},
+        "image": {
+            "name": workload.image,
+            "digest": workload.image_digest,
+            "record": workload.image_record,
+        },
         "policy_digest": policy_digest(policy),
         "host_digest": host_digest(host),
         "user": {"uid": user[0], "gid": user[1], "range_size": range_size},
+        "entrypoint": list(workload.start.entrypoint),
+        "command": list(workload.start.command),
         "env": [*workload.env, f"HOME={WORK}"],
-        "cwd": WORK,
+        "cwd": workload.start.cwd or WORK,
+        "stop_signal": workload.start.stop_signal,
         "time_s": policy.limits.time_s,
         "output_bytes": policy.limits.output_bytes,
         "cgroup": _layout(host),
         "cgroup_limits": limited,
-        "deny_devices": [_TUN] if program_name == "runc" and limited else [],
+        "deny_devices": _take_back(workload) if program_name == "runc" and limited else [],
         "stage": ops,
         "oci": oci,
         "controls": controls,
+        "filter_samples": tried,
         "unenforced": [
             {"field": cell.field, "reason": cell.reason}
             for cell in (*unenforced, *_label(policy, tier, host))
@@ -123,9 +136,13 @@ def choose_tier(policy: Policy) -> Tier:
     return wanted
 
 
-def _refuse(policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[str]) -> list[Enforcement]:
+def _refuse(
+    policy: Policy, workload: Workload, tier: Tier, host: Host, allow_unenforced: frozenset[str]
+) -> list[Enforcement]:
     """Return the unenforced fields that the user let pass; raise for all others."""
     missing = refusals(policy, tier, host)
+    known = {cell.field for cell in missing}
+    missing += [cell for cell in _not_on_a_disk(policy, workload, tier) if cell.field not in known]
     refused = [cell for cell in missing if cell.field not in allow_unenforced]
     if refused:
         first, fields = refused[0], tuple(cell.field for cell in refused)
@@ -136,6 +153,24 @@ def _refuse(policy: Policy, tier: Tier, host: Host, allow_unenforced: frozenset[
             hint=f"{first.hint}; or accept it with --allow-unenforced {','.join(fields)}",
         )
     return missing
+
+
+def _not_on_a_disk(policy: Policy, workload: Workload, tier: Tier) -> list[Enforcement]:
+    """Return the I/O limits that do not hold for a path whose disk is not known."""
+    if not workload.unknown_disks:
+        return []
+    limits = leaves(policy)
+    return [
+        Enforcement(
+            field=field,
+            tier=tier,
+            enforced=False,
+            reason=f"{workload.unknown_disks[0]} lies on no disk that could be throttled",
+            hint="copy it to a local disk",
+        )
+        for field in ("limits.io.read", "limits.io.write", "limits.io.read_iops", "limits.io.write_iops")
+        if limits[field] is not None
+    ]
 
 
 def _runtime(host: Host, wanted: str | None) -> tuple[str, Runtime]:
@@ -171,8 +206,21 @@ def _ready(host: Host, user: tuple[int, int], skip: frozenset[str]) -> None:
         raise HostError("without user namespaces nothing here can run as root", hint="enable them")
 
 
-def _user(policy: Policy, range_size: int) -> tuple[int, int]:
-    """Return the job's ids inside, which must be in its range; without a range the caller's own id is 0 inside."""
+def _devices(policy: Policy, host: Host) -> None:
+    """Refuse an access to a device that is less than its node allows where no devices cgroup can see to that."""
+    for device in policy.devices if host.rootless else ():
+        path, _, access = device.partition(":")
+        if access == "r":
+            raise HostError(
+                f"{path} cannot be given read-only to a sandbox started without root", hint=f"{path}:rw"
+            )
+
+
+def _user(policy: Policy, workload: Workload, range_size: int) -> tuple[int, int]:
+    """Return the job's ids inside, which must be in its range; without a range the caller's own id is 0 inside.
+
+    An image may name the user, but root only the policy can.
+    """
     wanted = user_ids(policy.user)
     if range_size == 0:
         if wanted is not None:
@@ -186,13 +234,28 @@ def _user(policy: Policy, range_size: int) -> tuple[int, int]:
             f"user {policy.user} is beyond the {range_size} ids of a sandbox started without root",
             hint=f"an id below {range_size}, or run as root",
         )
-    return wanted or _JOB
+    own = workload.start.user
+    if wanted is None and own is not None and max(own) >= range_size:
+        raise HostError(
+            f"the image's user {own[0]}:{own[1]} is beyond the {range_size} ids of a sandbox started without root",
+            hint="choose one: --user UID:GID",
+        )
+    return wanted or own or _JOB
 
 
 def _range_size(host: Host, skip: frozenset[str]) -> int:
     if not host.rootless:
         return RANGE_SIZE
     return 0 if "user" in skip else _ROOTLESS_RANGE
+
+
+def _take_back(workload: Workload) -> list[str]:
+    """Return what of runc's own device the policy does not give."""
+    given = "".join(
+        source.rule.split()[2] for source in workload.sources if source.rule.startswith(_TUN + " ")
+    )
+    missing = "".join(access for access in "rwm" if access not in given)
+    return [f"{_TUN} {missing}"] if missing else []
 
 
 def _layout(host: Host) -> dict[str, object]:

@@ -45,7 +45,7 @@ ALLOWED: tuple[Group, ...] = (
             "fork vfork execve execveat exit exit_group wait4 waitid getpid getppid gettid getpgid"
             " getpgrp getsid setpgid setsid set_tid_address set_robust_list get_robust_list rseq"
             " arch_prctl uname sysinfo getrusage times getrlimit setrlimit getpriority"
-            " setpriority ioprio_get ioprio_set pidfd_open pidfd_send_signal process_mrelease prctl"
+            " ioprio_get pidfd_open pidfd_send_signal process_mrelease prctl"
             " restart_syscall uretprobe"
         ),
     ),
@@ -73,8 +73,8 @@ ALLOWED: tuple[Group, ...] = (
         "scheduling",
         "Threads place and rank themselves; the cgroup's cpu share holds whatever they choose.",
         (
-            "sched_yield sched_getaffinity sched_setaffinity sched_getattr sched_setattr sched_getparam"
-            " sched_setparam sched_getscheduler sched_setscheduler sched_get_priority_max"
+            "sched_yield sched_getaffinity sched_setaffinity sched_getattr sched_getparam"
+            " sched_getscheduler sched_get_priority_max"
             " sched_get_priority_min sched_rr_get_interval getcpu"
         ),
     ),
@@ -157,6 +157,14 @@ CONDITIONAL: tuple[Group, ...] = (
         "limits of resources",
         "The caller's own alone (pid 0): the agent has the job's uid, and the job must not lower its limits.",
         "prlimit64",
+    ),
+    (
+        "priorities",
+        (
+            "The caller's own alone (pid 0): with the agent at the lowest one, a job that keeps its CPU busy"
+            " would stretch the time limit."
+        ),
+        "setpriority ioprio_set sched_setscheduler sched_setparam sched_setattr",
     ),
     (
         "execution domain",

@@ -47,6 +47,15 @@ NO_FLAGS = (
     0,
 )  # the rest is ADDR_NO_RANDOMIZE (1 << 18) and its kind
 
+# linux/resource.h, linux/ioprio.h
+PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
+OWN_PID = (
+    "prlimit64",
+    "sched_setscheduler",
+    "sched_setparam",
+    "sched_setattr",
+)  # the pid is the first argument
+
 MODE_ARGUMENT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1, "mknod": 1, "mknodat": 2}
 FLAGS_ARGUMENT = {"open": 1, "openat": 2}  # the mode follows the flags
 
@@ -60,10 +69,29 @@ def conditional_rules(wanted: "Collection[str]") -> "list[Rule]":
         *(rule for name, index in MODE_ARGUMENT.items() for rule in _mode(name, index)),
         *(rule for name, index in FLAGS_ARGUMENT.items() for rule in _open(name, index)),
         *clone_rules(),
-        *_judge("prlimit64", [equals(0, 0)], [{"index": 0, "value": 0, "op": "SCMP_CMP_GT"}]),
+        *(rule for name in OWN_PID for rule in _judge(name, [equals(0, 0)], [_above(0, 0)])),
+        *_own("setpriority", PRIO_PROCESS),
+        *_own("ioprio_set", IOPRIO_WHO_PROCESS),
         *_personality(),
     ]
     return [rule for rule in rules if rule["names"][0] in wanted]
+
+
+def _own(name: str, which: int) -> "list[Rule]":
+    """Allow a call (which, who, ...) for the caller alone: `which` says that `who` is a process, 0 itself."""
+    allowed: Rule = {"names": [name], "action": ALLOW, "args": [equals(0, which), equals(1, 0)]}
+    others = _judge(name, [], [_above(1, 0)], equals(0, which))
+    return [allowed, *others, *_judge(name, [], _but(0, which))]
+
+
+def _but(index: int, value: int) -> "list[Arg]":
+    """Return the conditions that together hold for every register but `value`."""
+    below: Arg = {"index": index, "value": value, "op": "SCMP_CMP_LT"}
+    return [*([below] if value else []), _above(index, value)]
+
+
+def _above(index: int, value: int) -> "Arg":
+    return {"index": index, "value": value, "op": "SCMP_CMP_GT"}
 
 
 def clone_rules() -> "list[Rule]":

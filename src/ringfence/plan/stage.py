@@ -5,6 +5,7 @@ host path is staged here, so that one piece of code opens all of them, and so th
 the namespace dies with its last process.
 """
 
+from ringfence.errors import MountError
 from ringfence.host.facts import Host
 from ringfence.plan.document import Bind, Control, Directory, Op
 from ringfence.plan.workload import Workload
@@ -21,7 +22,10 @@ _HOSTS = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
 
 
 def stage(policy: Policy, workload: Workload, host: Host) -> list[Op]:
-    """Return the operations that build the root of `workload` under ``root`` in the staging directory."""
+    """Return the operations that build the root of `workload` under ``root`` in the staging directory.
+
+    Raises MountError for a mount that would cover the agent.
+    """
     ops: list[Op] = []
     if host.cgroup.hybrid_v2_mount and not host.rootless:
         # crun refuses a host that has v2 beside v1; it must not see the second one.
@@ -38,8 +42,8 @@ def stage(policy: Policy, workload: Workload, host: Host) -> list[Op]:
     )
     ops += _skeleton(policy, workload)
     ops += _image(workload, rootless=host.rootless)
-    ops += _overlay(policy)
-    ops += _writable(policy)
+    ops += _overlay(policy, workload, rootless=host.rootless)
+    ops += _writable(policy, workload)
     ops += _binds(workload, rootless=host.rootless)
     return ops
 
@@ -65,9 +69,20 @@ def _skeleton(policy: Policy, workload: Workload) -> list[Op]:
             {"op": "file", "at": _SKELETON + path, "text": text, "mode": 0o644}
             for path, text in _accounts().items()
         ]
+    ops += [_directory(_SKELETON, path) for path in _volumes(policy, workload)]
+    if workload.start.cwd and not _under_tmpfs(workload.start.cwd):
+        # As docker does, a working directory that the image does not have is made.
+        ops.append(_directory(_SKELETON, workload.start.cwd))
+    # A file of ours that a mount covers is its mount point already.
+    made = {op["at"] for op in ops if op["op"] in ("file", "host-file")}
     for source in workload.sources:
+        if source.target == AGENT or source.target.startswith(f"{AGENT}/"):
+            raise MountError(
+                f"a mount cannot cover {AGENT}", hint="the agent is there; choose another target"
+            )
         if not _under_tmpfs(source.target):
-            ops += _mount_point(_SKELETON, source.target, source.kind)
+            needed = _mount_point(_SKELETON, source.target, source.kind)
+            ops += [op for op in needed if op["op"] != "file" or op["at"] not in made]
     return ops
 
 
@@ -81,13 +96,17 @@ def _accounts() -> dict[str, str]:
 
 
 def _image(workload: Workload, *, rootless: bool) -> list[Op]:
-    ops: list[Op] = [_directory("image", "/")]
-    if workload.rootfs:
+    """One directory for each layer, the image's root among them; an overlay wants two even where there is none."""
+    if not workload.layers:
+        return [_directory(_names(workload)[0], "/")]
+    ops: list[Op] = []
+    for name, layer in zip(_names(workload), workload.layers, strict=True):
+        ops.append(_directory(name, "/"))
         ops.append(
             {
                 "op": "bind",
-                "source": workload.rootfs,
-                "at": "image",
+                "source": layer,
+                "at": name,
                 "below": "stage",
                 "kind": "directory",
                 "ids": "none" if rootless else "image",
@@ -97,8 +116,13 @@ def _image(workload: Workload, *, rootless: bool) -> list[Op]:
     return ops
 
 
-def _overlay(policy: Policy) -> list[Op]:
-    lower = [_SKELETON, "image"]
+def _names(workload: Workload) -> list[str]:
+    # Short: the overlay's options, which name all layers, must fit into one page.
+    return [f"l{place}" for place in range(len(workload.layers) or 1)]
+
+
+def _overlay(policy: Policy, workload: Workload, *, rootless: bool) -> list[Op]:
+    lower = [_SKELETON, *reversed(_names(workload))]
     ops: list[Op] = [_directory("root", "/")]
     if policy.filesystem.root == "writable":
         ops.append(_directory("upper", "/"))
@@ -113,14 +137,17 @@ def _overlay(policy: Policy) -> list[Op]:
             }
         )
         ops += [_directory("upper", "/files"), _directory("upper", "/work")]
-        ops.append({"op": "overlay", "lower": lower, "upper": "upper", "at": "root"})
+        ops.append({"op": "overlay", "lower": lower, "upper": "upper", "at": "root", "user": rootless})
     else:
-        ops.append({"op": "overlay", "lower": lower, "upper": "", "at": "root"})
+        ops.append({"op": "overlay", "lower": lower, "upper": "", "at": "root", "user": rootless})
     return ops
 
 
-def _writable(policy: Policy) -> list[Op]:
-    """The tmpfs that the job may write to; a target of the policy's own takes its place."""
+def _writable(policy: Policy, workload: Workload) -> list[Op]:
+    """The tmpfs that the job may write to; a target of the policy's own takes its place.
+
+    What the image declares as volumes shares one tmpfs with the work directory, and so its limits.
+    """
     taken = {mount.target for mount in policy.filesystem.mounts}
     ops: list[Op] = []
     if "/tmp" not in taken:
@@ -134,7 +161,25 @@ def _writable(policy: Policy) -> list[Op]:
                 "owner": "root",
             }
         )
-    if WORK not in taken and policy.filesystem.root == "read-only":
+    shared = [path for path in (WORK, *_volumes(policy, workload)) if path not in taken]
+    if policy.filesystem.root == "writable":
+        return ops
+    if shared and shared != [WORK]:
+        ops.append(_directory("scratch", "/"))
+        ops.append(
+            {
+                "op": "tmpfs",
+                "at": "scratch",
+                "size_bytes": policy.limits.disk_bytes,
+                "inodes": policy.limits.inodes,
+                "mode": 0o711,
+                "owner": "root",
+            }
+        )
+        for place, path in enumerate(shared):
+            ops.append(_directory("scratch", f"/{place}", job=True))
+            ops.append({"op": "share", "source": f"scratch/{place}", "at": path})
+    elif shared:
         ops.append(
             {
                 "op": "tmpfs",
@@ -146,6 +191,26 @@ def _writable(policy: Policy) -> list[Op]:
             }
         )
     return ops
+
+
+def _volumes(policy: Policy, workload: Workload) -> tuple[str, ...]:
+    """Return the image's volumes that are directories of their own; a writable root has no need of any."""
+    if policy.filesystem.root == "writable":
+        return ()
+    found: list[str] = []
+    for path in workload.start.volumes:
+        parts = path.split("/")
+        if (
+            not path.startswith("/")
+            or ".." in parts
+            or "." in parts
+            or parts[1] in ("", "proc", "sys", "dev")
+        ):
+            raise MountError(f"the image declares the volume {path!r}", hint="no sandbox can have one there")
+        plain = "/" + "/".join(part for part in parts if part)
+        if plain not in (WORK, "/tmp") and not _under_tmpfs(plain) and plain not in found:
+            found.append(plain)
+    return tuple(sorted(found))
 
 
 def _binds(workload: Workload, *, rootless: bool) -> list[Op]:
@@ -211,9 +276,16 @@ def stage_controls(ops: list[Op]) -> list[Control]:
             field = "filesystem.tmp" if target == "/tmp" else "limits.disk"
             size = f"size={op['size_bytes']} inodes={op['inodes']}"
             found.append(_mount(target, field, f"tmpfs rw,nosuid,nodev {size}"))
+        elif op["op"] == "share":
+            size = next(
+                f"size={tmpfs['size_bytes']} inodes={tmpfs['inodes']}"
+                for tmpfs in ops
+                if tmpfs["op"] == "tmpfs" and tmpfs["at"] == "scratch"
+            )
+            found.append(_mount(op["at"], "limits.disk", f"tmpfs rw,nosuid,nodev {size}"))
         elif op["op"] == "bind" and op["below"] == "root":
             way = "ro" if op["read_only"] else "rw"
-            found.append(_mount(op["at"], "filesystem.mounts", f"* {way},nosuid,nodev"))
+            found.append(_mount(op["at"], "filesystem.mounts", f"bind {way},nosuid,nodev of {op['source']}"))
     return found
 
 

@@ -1,4 +1,7 @@
-"""Who may be reached and where ports are published: the text of ``network.allow`` and ``network.publish``."""
+"""Who may be reached, where ports are published, and where images come from.
+
+The text of ``network.allow``, ``network.publish`` and ``image.allowed_registries``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,15 @@ _NAME = re.compile(
 )
 ALLOW_EXAMPLES = "api.example.com:443, 10.1.0.0/16:5432 or [2001:db8::/32]:443"
 PUBLISH_EXAMPLES = "8080:80, 127.0.0.1:8080:80 or [::1]:8080:80/tcp"
+
+REGISTRY_EXAMPLES = "registry.example.com, 127.0.0.1:5000/team or local"
+_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
+_PORT = r"(?::[0-9]{1,5})?"
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+# As in references: the first part of a name is a registry if it has a dot or a port, or is localhost.
+REGISTRY_PATTERN = (
+    rf"^(?:local|(?:localhost{_PORT}|(?=[^/]*[.:]){_HOST}{_PORT}|\[[0-9A-Fa-f:]+\]{_PORT})(?:/{_PART})*)$"
+)
 
 
 def destination(value: object) -> str:
@@ -45,6 +57,13 @@ def published(value: object) -> str:
         raise _wrong(value, "a published TCP port", PUBLISH_EXAMPLES)
     host = f"[{address}]" if address.version == 6 else str(address)
     return f"{host}:{int(match[2])}:{int(match[3])}/tcp"
+
+
+def registry(value: object) -> str:
+    """Return a registry, perhaps with the beginning of a name in it, or "local", this host's own images."""
+    if isinstance(value, str) and len(value) <= 255 and re.fullmatch(REGISTRY_PATTERN, value):
+        return value
+    raise _wrong(value, "a registry", REGISTRY_EXAMPLES)
 
 
 def _network(text: str, value: object, version: int) -> str:

@@ -211,6 +211,30 @@ def _sysctls(a: Policy, b: Policy, _key: str) -> Iterator[Said]:
             yield "changes", f"sets kernel parameter {name} to {new}" + (f" instead of {old}" if old else "")
 
 
+def _digest_required(a: Policy, b: Policy, _key: str) -> Iterator[Said]:
+    if a.image.digest_required and not b.image.digest_required:
+        yield "widens", "may be an image named without a digest"
+    if b.image.digest_required and not a.image.digest_required:
+        yield "narrows", "must be an image named with its digest"
+
+
+def _registries(a: Policy, b: Policy, key: str) -> Iterator[Said]:
+    old, new = a.image.allowed_registries, b.image.allowed_registries
+    if old is None and new is not None:
+        yield "narrows", f"may be an image only from {', '.join(new) or 'nowhere'}"
+    elif new is None and old is not None:
+        yield "widens", "may be an image from anywhere"
+    elif old is not None and new is not None:
+        yield from _members("may be an image from {}", "may no longer be an image from {}")(a, b, key)
+
+
+def _signatures(a: Policy, b: Policy, _key: str) -> Iterator[Said]:
+    old, new = a.image.signatures, b.image.signatures
+    if old != new:
+        words = [path or "this host's own policy.json" for path in (new, old)]
+        yield "changes", f"needs an image that {words[0]} lets in, instead of {words[1]}"
+
+
 def _number(value: object) -> float:
     return float("inf") if value is None else msgspec.convert(value, float)
 
@@ -266,6 +290,9 @@ COMPARE: dict[str, Comparison] = {
     "limits.output": _amount("may print {}", "any amount"),
     "sysctls": _sysctls,
     "secrets": _members("may use secret {}", "may no longer use secret {}"),
+    "image.digest_required": _digest_required,
+    "image.allowed_registries": _registries,
+    "image.signatures": _signatures,
     "host.smt": _ranked(
         refused="needs a host without simultaneous multithreading",
         allowed="may run on a host with simultaneous multithreading",

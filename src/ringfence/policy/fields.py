@@ -261,6 +261,26 @@ FIELDS: dict[str, Field] = {
         "Not built yet: anything but an empty list is an error.",
         "[]",
     ),
+    "image.digest_required": Field(
+        kinds.flag(),
+        "true or false",
+        "Whether an image must be named with its digest, so that nobody can put another in its place.",
+        "true",
+    ),
+    "image.allowed_registries": Field(
+        lists.registries(),
+        "host[:port][/path]",
+        "Where images may come from: registries, or the beginning of a name in one, and `local` for what was "
+        "built or imported on this host, the host's own files among it. `null` is everywhere.",
+        "[registry.example.com/team, local]",
+    ),
+    "image.signatures": Field(
+        kinds.file(),
+        "path",
+        "A `policy.json` of containers-policy.json(5), starting at the policy file: an image that it does not "
+        "let in is not fetched, and one that was not fetched under it does not run. `null` is the host's own.",
+        "./policy.json",
+    ),
     "host.smt": Field(
         kinds.choice("allowed", "refused"),
         "word",

@@ -166,6 +166,15 @@ def seccomp() -> Kind:
     return _text(parse, {"type": "string", "pattern": r"^(?:default|strict|.*/.*|.*\.json)$"})
 
 
+def file() -> Kind:
+    """The path of a file, or null."""
+
+    def parse(value: object, directory: str) -> str | None:
+        return None if value is None else paths.host_path(value, directory)
+
+    return _text(parse, {"anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}]})
+
+
 def cpuset() -> Kind:
     """Numbers and ranges of CPUs as the kernel lists them, or null."""
 

@@ -62,6 +62,19 @@ def device_nodes() -> Kind:
     return texts(paths.device, _pattern("^/dev/[^:]+(?::(?:r|rw|rwm))?$"))
 
 
+def registries() -> Kind:
+    """Registries that images may come from, or null for all."""
+    some = texts(addresses.registry, _pattern(addresses.REGISTRY_PATTERN))
+
+    def read(node: Node, directory: str) -> object:
+        return None if node.value is None else some.read(node, directory)
+
+    def write(value: object) -> Plain:
+        return None if value is None else some.write(value)
+
+    return Kind(read, write, {"anyOf": [some.schema, {"type": "null"}]})
+
+
 def secret_names() -> Kind:
     """Nothing yet: any entry is an error."""
 

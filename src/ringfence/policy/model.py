@@ -79,6 +79,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     output_bytes: int | None = msgspec.field(name="output")  # stdout and stderr together
 
 
+class ImageRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which images may be run at all."""
+
+    digest_required: bool
+    allowed_registries: tuple[str, ...] | None  # "host[:port][/path]" or "local"; None is every image
+    signatures: str | None  # absolute path of a policy.json of containers/image; None is the host's own
+
+
 class HostRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the host itself must be like before this workload may run on it."""
 
@@ -103,6 +111,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     limits: Limits
     sysctls: dict[str, str]
     secrets: tuple[str, ...]  # empty until secrets are built
+    image: ImageRules
     host: HostRules
 
 

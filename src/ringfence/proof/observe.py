@@ -72,13 +72,14 @@ class Subject:
 class Mount:
     """One line of mountinfo; see proc_pid_mountinfo(5)."""
 
-    __slots__ = ("flags", "kind", "options", "root", "target")
+    __slots__ = ("device", "flags", "kind", "options", "root", "target")
 
     def __init__(self, line: str) -> None:
         """Parse `line`."""
         before, _, after = line.partition(" - ")
         words, rest = before.split(" "), after.split(" ")
-        self.root = words[3]
+        self.device = words[2]
+        self.root = _unescape(words[3])
         self.target = _unescape(words[4])
         self.flags = words[5].split(",")
         self.kind = rest[0]
@@ -86,12 +87,27 @@ class Mount:
 
     def words(self) -> str:
         """Return "tmpfs rw,nosuid,nodev size=65536 inodes=64": what a plan asks of a mount, as it was found."""
-        flags = [flag for flag in ("ro", "rw", "nosuid", "nodev", "noexec") if flag in self.flags]
-        text = f"{self.kind} {','.join(flags)}"
+        text = f"{self.kind} {self.ways()}"
         if self.kind == "tmpfs":
             values = dict(option.partition("=")[::2] for option in self.options)
             text += f" size={_size(values.get('size', ''))} inodes={values.get('nr_inodes', '')}"
         return text
+
+    def ways(self) -> str:
+        """Return "rw,nosuid,nodev": the flags that a plan asks about."""
+        return ",".join(flag for flag in ("ro", "rw", "nosuid", "nodev", "noexec") if flag in self.flags)
+
+
+def sources(mount: Mount, host: Iterable[Mount]) -> list[str]:
+    """Return every path under which the mounts `host` show what `mount` shows: the same place of one file system."""
+    found = []
+    for other in host:
+        if other.device != mount.device:
+            continue
+        root = other.root.rstrip("/")
+        if mount.root == root or mount.root.startswith(f"{root}/"):
+            found.append(other.target.rstrip("/") + mount.root[len(root) :].rstrip("/") or "/")
+    return found
 
 
 def observe(subject: Subject) -> Seen:
@@ -202,8 +218,8 @@ def _cgroup(subject: Subject) -> Seen:
     seen: Seen = {"cgroup.membership": (_is_member(subject, group), f"/proc/{subject.pid}/cgroup")}
     for name, (value, source) in group.observed().items():
         if name == "io" and isinstance(value, dict):
-            for limits in value.values():
-                seen.update({f"cgroup.io.{key}": (limit, source) for key, limit in limits.items()})
+            for disk, limits in value.items():
+                seen.update({f"cgroup.io.{key}:{disk}": (limit, source) for key, limit in limits.items()})
         elif not isinstance(value, dict):
             seen[f"cgroup.{name}"] = (value, source)
     devices = group.layout.mount_of("devices")
@@ -245,6 +261,7 @@ def _mounts(subject: Subject) -> Seen:
 def _names(subject: Subject) -> Seen:
     """Look from inside the job's own uts, ipc and network namespaces, on a thread that enters them."""
     from ringfence.linux import libc
+    from ringfence.linux.thread import in_thread
 
     kinds = libc.CLONE_NEWUTS | libc.CLONE_NEWIPC | libc.CLONE_NEWNET
     pidfd = os.pidfd_open(subject.pid)
@@ -254,7 +271,7 @@ def _names(subject: Subject) -> Seen:
         return {"hostname": (os.uname().nodename, f"uts namespace of {subject.pid}")}
 
     try:
-        return _in_thread(look)
+        return in_thread(look)
     finally:
         os.close(pidfd)
 
@@ -262,6 +279,7 @@ def _names(subject: Subject) -> Seen:
 def sysctls(pid: int, names: Iterable[str]) -> Seen:
     """Return {"sysctl:NAME": value} as seen from inside the namespaces of `pid`; {} if they cannot be entered."""
     from ringfence.linux import libc
+    from ringfence.linux.thread import in_thread
 
     wanted = list(names)
     if not wanted:
@@ -274,34 +292,11 @@ def sysctls(pid: int, names: Iterable[str]) -> Seen:
         return {f"sysctl:{name}": (" ".join(_read(path).split()), path) for name, path in files.items()}
 
     try:
-        return _in_thread(look)
+        return in_thread(look)
     except OSError:
         return {}
     finally:
         os.close(pidfd)
-
-
-def _in_thread(look: Callable[[], Seen]) -> Seen:
-    import _thread
-
-    done = _thread.allocate_lock()
-    done.acquire()
-    seen: Seen = {}
-    failed: list[OSError] = []
-
-    def body() -> None:
-        try:
-            seen.update(look())
-        except OSError as error:
-            failed.append(error)
-        finally:
-            done.release()
-
-    _thread.start_new_thread(body, ())
-    done.acquire()
-    if failed:
-        raise failed[0]
-    return seen
 
 
 def _link(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.proof.observe import Subject, id_map, mounts, observe, sysctls
+from ringfence.proof.observe import Subject, id_map, mounts, observe, sources, sysctls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
     seen = observe(subject)
     seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
     seen |= _mounts(plan, subject)
+    seen |= _filter(plan, subject)
     lines = [_line(control, _asked(control, plan, instance), seen) for control in plan["controls"]]
     if plan["rootless"]:
         lines = [_from_agent(line, reported_descriptors) for line in lines]
@@ -80,6 +81,19 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
         "unenforced": [item["field"] for item in plan["unenforced"]],
         "lines": lines,
     }
+
+
+def _filter(plan: Plan, subject: Subject) -> Seen:
+    """Try the plan's sample calls on the filter that the kernel holds for the subject."""
+    if not plan["filter_samples"]:
+        return {}
+    from ringfence.proof.filter import answers
+
+    try:
+        found = answers(subject.pid, plan["filter_samples"])
+    except (OSError, ValueError):
+        return {}
+    return {"seccomp.answers": (found, f"PTRACE_SECCOMP_GET_FILTER of {subject.pid}")}
 
 
 def failures(proof: Proof) -> list[str]:
@@ -118,9 +132,6 @@ def _asked(control: Control, plan: Plan, instance: Instance) -> Value:
 def _line(control: Control, asked: Value, seen: Seen) -> Line:
     name = control["name"]
     value, source = seen.get(name, (None, ""))
-    if isinstance(asked, str) and asked.startswith("* ") and isinstance(value, str):
-        # A bind mount has the type of whatever file system it comes from.
-        value = f"* {value.partition(' ')[2].partition(' size=')[0]}"
     return {
         "control": name,
         "field": control["field"],
@@ -154,7 +165,7 @@ def _mounts(plan: Plan, subject: Subject) -> Seen:
     nodes = sorted(
         target.removeprefix("/dev/")
         for target, mount in found.items()
-        if target.startswith("/dev/") and mount.kind == "devtmpfs"
+        if mount.kind == "devtmpfs" and target == f"/dev{mount.root}"  # not another device under that name
     )
     asked = {
         control["name"].removeprefix("mount:")
@@ -163,11 +174,27 @@ def _mounts(plan: Plan, subject: Subject) -> Seen:
     }
     explained = asked.union(linux["maskedPaths"], linux["readonlyPaths"], (f"/dev/{node}" for node in nodes))
     return {
+        **_binds(plan, found, source),
         "paths.masked": (masked, source),
         "paths.read_only": (read_only, source),
         "devices.nodes": (nodes, source),
         "mounts.others": (sorted(found.keys() - explained), source),
     }
+
+
+def _binds(plan: Plan, found: dict[str, Mount], source: str) -> Seen:
+    """Say of each bind mount what of the host it shows; its type is that of whatever file system that lies on."""
+    host = mounts(os.getpid())
+    seen: Seen = {}
+    for op in plan["stage"]:
+        mount = found.get(op["at"]) if op["op"] == "bind" and op["below"] == "root" else None
+        if mount is not None:
+            asked = next((c["asked"] for c in plan["controls"] if c["name"] == f"mount:{mount.target}"), "")
+            shown = [f"bind {mount.ways()} of {path}" for path in sources(mount, host)]
+            unknown = f"bind {mount.ways()} of {mount.root} on {mount.device}"
+            words = asked if asked in shown else (shown or [unknown])[0]
+            seen[f"mount:{mount.target}"] = (words, source)
+    return seen
 
 
 def _covers(mount: Mount) -> bool:

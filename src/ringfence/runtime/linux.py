@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ringfence.errors import HostError, RingfenceError
+from ringfence.errors import HostError
 from ringfence.linux import libc
+from ringfence.linux.thread import in_thread
 from ringfence.linux.userns import make_userns
 from ringfence.plainjson import dumps
 from ringfence.runtime.base import Starting
@@ -14,8 +15,6 @@ from ringfence.runtime.stage import Ids, Stager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ringfence.plan.document import Plan
     from ringfence.runtime.base import Instance
 
@@ -40,7 +39,10 @@ def start(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Start
     try:
         ids = Ids(base=instance.base, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=userns)
         stager = Stager(instance.staging, ids, agent)
-        starting = _in_thread(lambda: _set_up(plan, instance, stager, userns, descriptors))
+        starting = in_thread(lambda: _set_up(plan, instance, stager, userns, descriptors))
+    except OSError as error:
+        os.close(userns)
+        raise HostError(f"cannot set the sandbox up: {error}", hint="see --debug") from error
     except BaseException:
         os.close(userns)
         raise
@@ -130,33 +132,3 @@ def agent_path() -> str:
     if not os.path.exists(path):
         raise HostError("the agent is not built", hint="run: make setup (or make -C agent install)")
     return path
-
-
-def _in_thread(work: Callable[[], Starting]) -> Starting:
-    """Run `work` in a thread that ends with it, so that the caller keeps its own mount namespace.
-
-    A process that uses threads may not fork safely, and `unshare(CLONE_NEWNS)` works on one thread alone.
-    """
-    import _thread
-
-    done = _thread.allocate_lock()
-    done.acquire()
-    started: list[Starting] = []
-    failed: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            started.append(work())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below
-            failed.append(error)
-        finally:
-            done.release()
-
-    _thread.start_new_thread(body, ())
-    done.acquire()
-    if failed:
-        error = failed[0]
-        if isinstance(error, RingfenceError):
-            raise error
-        raise HostError(f"cannot set the sandbox up: {error}", hint="see --debug") from error
-    return started[0]

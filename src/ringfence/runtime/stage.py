@@ -6,6 +6,7 @@ mountinfo, name no host path.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -53,6 +54,7 @@ class Stager:
         self.staging = staging
         self.ids = ids
         self.agent = agent
+        self._layers: list[str] = []
 
     def run(self, ops: list[Op]) -> None:
         """Carry out `ops` in order. Raises MountError, HostError, OSError; the namespace's end undoes it all."""
@@ -80,6 +82,8 @@ class Stager:
             self._overlay(op)
         elif op["op"] == "bind":
             self._bind(op)
+        elif op["op"] == "share":
+            self._share(op["source"], op["at"])
         else:
             libc.detach(op["path"])
 
@@ -117,8 +121,10 @@ class Stager:
             os.chdir(self.staging)
 
     def _overlay(self, op: Overlay) -> None:
+        self._layers = op["lower"][1:]
         flags = libc.MS_NOSUID | libc.MS_NODEV
         data = "lowerdir=" + ":".join(op["lower"]) + ",redirect_dir=nofollow,metacopy=off"
+        data += ",userxattr" if op["user"] else ""
         if op["upper"]:
             data += f",upperdir={op['upper']}/files,workdir={op['upper']}/work"
         else:
@@ -177,10 +183,26 @@ class Stager:
 
     def _not_through_link(self, at: str) -> None:
         """Refuse /bin/x where the image has a symlink /bin: a directory of ours would hide all that it leads to."""
+        for layer in self._layers:
+            try:
+                os.close(_open_target(layer, at, os.O_NOFOLLOW))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+
+    def _share(self, source: str, at: str) -> None:
+        directory = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.close(_open_target("image", at, os.O_NOFOLLOW))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            tree = libc.clone_tree(directory, "")
+        finally:
+            os.close(directory)
+        try:
+            target = _open_target("root", at)
+            try:
+                libc.attach_tree(tree, target)
+            finally:
+                os.close(target)
+        finally:
+            os.close(tree)
 
 
 def _open_target(below: str, at: str, flags: int = 0) -> int:
@@ -228,20 +250,29 @@ def _public(path: str) -> bytes:
         os.close(fd)
 
 
-def _explain(op: Op, error: OSError) -> HostError | MountError:
-    import errno
+_AT_MOUNT = {
+    errno.ELOOP: "the target goes through a symlink; write the path that it leads to",
+    errno.ENOENT: "there is no such path to mount on; make it in the mount around it first",
+    errno.EINVAL: "a directory cannot cover a file, nor a file a directory",
+    errno.ENOTDIR: "a directory cannot cover a file, nor a file a directory",
+    errno.EEXIST: "a directory cannot cover a file, nor a file a directory",
+}
 
+
+def _explain(op: Op, error: OSError) -> HostError | MountError:
     reason = error.strerror or str(error)
     if op["op"] == "bind":
-        if error.errno in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
-            return MountError(
-                f"cannot mount {op['source']!r} at {op['at']!r}: {reason} ({error.filename})",
-                hint="a path changed since the plan was made, or the target goes through a symlink",
-            )
-        if op["ids"] != "none" and error.errno == errno.EINVAL:
+        if error.errno == errno.EINVAL and error.filename == "mount_setattr":
             return MountError(
                 f"cannot map the owners of {op['source']!r}: its file system has no idmapped mounts",
                 hint="keep it on ext4, xfs, btrfs, or a tmpfs of Linux 6.3",
             )
-        return MountError(f"cannot mount {op['source']!r} at {op['at']!r}: {reason}", hint="see --debug")
+        hint = _AT_MOUNT.get(error.errno or 0, "see --debug")
+        if error.filename == op["source"].lstrip("/"):
+            hint = "the source has changed since the plan was made; run again"
+        return MountError(f"cannot mount {op['source']!r} at {op['at']!r}: {reason}", hint=hint)
+    if op["op"] in ("file", "directory") and error.errno in _AT_MOUNT:
+        # Ours are made first and in an empty directory: only the mount points of a policy can be in their own way.
+        target = "/" + op["at"].partition("/")[2]
+        return MountError(f"cannot make {target!r} to mount on: {reason}", hint=_AT_MOUNT[error.errno])
     return HostError(f"cannot stage {op['op']} {error.filename or ''}: {reason}", hint="see --debug")

@@ -7,7 +7,6 @@ limits and cgroup are inherited and not set up once more. The socket is mode 060
 from __future__ import annotations
 
 import _socket
-import os
 import select
 import struct
 import time
@@ -15,7 +14,7 @@ from contextlib import suppress
 
 from ringfence.errors import RingfenceError, SandboxError
 from ringfence.sandbox import protocol, reap
-from ringfence.sandbox.launch import CommandError
+from ringfence.sandbox.launch import failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,13 +137,7 @@ class Session:
             )
         kind, _, payload, received = answer
         if kind == protocol.FAILED:
-            stage, number = protocol.decode_failed(payload)
-            if stage == protocol.STAGE_FORK:
-                raise SandboxError(
-                    f"the sandbox has no room for {self.command!r}: {os.strerror(number)}",
-                    hint="its limits.pids, limits.threads or limits.memory are used up, or it is just ending",
-                )
-            raise CommandError(stage, number, self.command)
+            raise failure(payload, self.command)
         if received:
             self.pty = received[0]
         connection.send(protocol.encode_go())
@@ -192,7 +185,7 @@ def stop(entries: Iterable[Entry], *, grace_s: float) -> list[RingfenceError | N
     _wait_for(connections, _SHUTDOWN_S)
     for connection in connections:
         connection.close()
-    return [_buried(entry) for entry, _ in asked]
+    return [_buried(entry, answered=connection is not None) for entry, connection in asked]
 
 
 def _asked_to_end(entry: Entry, grace_s: float) -> protocol.Connection | None:
@@ -203,7 +196,8 @@ def _asked_to_end(entry: Entry, grace_s: float) -> protocol.Connection | None:
         return None
     if grace_s > 0:
         with suppress(SandboxError):  # it ends just now, which shows on the connection
-            connection.send(protocol.encode_signal(_SIGTERM))
+            wanted = entry.record().get("stop_signal")
+            connection.send(protocol.encode_signal(wanted if isinstance(wanted, int) else _SIGTERM))
     return connection
 
 
@@ -214,18 +208,20 @@ def _wait_for(connections: Sequence[protocol.Connection], timeout_s: float) -> N
         ended(connection, max(0.0, deadline - time.monotonic()))
 
 
-def _buried(entry: Entry) -> RingfenceError | None:
+def _buried(entry: Entry, *, answered: bool) -> RingfenceError | None:
     """Kill what may be left of `entry` and clean up, unless its launcher does; return what went wrong."""
-    group = reap.cgroup_of(entry.record())
     try:
+        group = reap.cgroup_of(entry.record())
+        had_agent = answered or (group is not None and bool(group.procs()))
         if group is not None:
             group.kill()
-        if not _unheld(entry) and group is None:
+        # Held although it had an agent and has no process any more: by a launcher that is itself stopped. It will
+        # clean up, or gc after it. Without an agent, there may be one yet.
+        if not _unheld(entry) and (group is None or not had_agent):
             return SandboxError(
                 f"sandbox {entry.id} does not end",
                 hint="kill the process that started it, then 'ringfence gc'",
             )
-        # Held, and nothing in its cgroup: a launcher that is itself stopped. It will clean up, or gc after it.
         if entry.try_lock():
             try:
                 reap.reap(entry)

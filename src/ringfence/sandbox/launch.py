@@ -14,7 +14,7 @@ from _struct import Struct
 
 from ringfence.cgroup.group import Cgroup
 from ringfence.cgroup.layout import Layout
-from ringfence.errors import HostError, ProofError, SandboxError
+from ringfence.errors import HostError, ImageError, ProofError, RingfenceError, SandboxError
 from ringfence.runtime.base import Instance
 from ringfence.sandbox import protocol, ranges, reap, store
 
@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ringfence.plan.document import Plan
+    from ringfence.plan.document import ImageChoice, Plan
     from ringfence.proof.prove import Proof
     from ringfence.runtime.base import Starting
     from ringfence.sandbox.store import Entry
@@ -34,15 +34,28 @@ _AGENT_PATIENCE_S = 0.1
 _ROOM_BYTES, _ROOM_FILES = 1 << 17, 16
 # `ps` shows the beginning of a command line; a record must stay small enough to be read back.
 _SHOWN_WORDS, _SHOWN_CHARACTERS = 64, 1024
+_MOST_ENV_CHARACTERS = 1 << 16
 _SO_PASSCRED = 16
 _SCM_CREDENTIALS = 2
 _UCRED = Struct("=iII")
 _STAGES = {
-    protocol.STAGE_FORK: "the job's process could not be made",
     protocol.STAGE_DESCRIPTORS: "its standard streams could not be set up",
     protocol.STAGE_CWD: "the working directory cannot be entered",
     protocol.STAGE_EXEC: "the command cannot be executed",
 }
+
+
+def failure(payload: bytes, command: str) -> Exception:
+    """Return what a FAILED frame means: a CommandError, or a SandboxError when it was not the command's fault."""
+    stage, number = protocol.decode_failed(payload)
+    if stage == protocol.STAGE_FORK:
+        return SandboxError(
+            f"the sandbox has no room for {command!r}: {os.strerror(number)}",
+            hint="its limits.pids, limits.threads or limits.memory are used up, or it is just ending",
+        )
+    if stage == protocol.STAGE_DESCRIPTORS:
+        return SandboxError(f"{_STAGES[stage]}: {os.strerror(number)}", hint="see --debug")
+    return CommandError(stage, number, command)
 
 
 class CommandError(Exception):
@@ -87,6 +100,7 @@ class Running:
         "command",
         "connection",
         "entry",
+        "image_fd",
         "instance",
         "job_pid",
         "pidfd",
@@ -106,6 +120,7 @@ class Running:
         self.cgroup = (
             Cgroup(Layout.from_dict(plan["cgroup"]), instance.cgroup_path) if plan["cgroup_limits"] else None
         )
+        self.image_fd = -1
         self.starting: Starting | None = None
         self.connection: protocol.Connection | None = None
         self.agent_pid = 0
@@ -152,10 +167,10 @@ class Running:
             self.starting.wait()
             self.starting.release()
         self.kill()
-        for fd in (self.pidfd, self.pty):
+        for fd in (self.pidfd, self.pty, self.image_fd):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.pty = -1
+        self.pidfd = self.pty = self.image_fd = -1
         reap.discard(self.entry)
         self.entry.unlock()
 
@@ -167,22 +182,58 @@ class Running:
         if self.starting is not None:
             self.starting.wait()
             self.starting.release()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        for fd in (self.pidfd, self.image_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.image_fd = -1
         self.entry.unlock()
 
 
-def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remove: bool) -> Running:
+def prepare(
+    plan: Plan,
+    *,
+    name: str,
+    argv: Sequence[str],
+    detached: bool,
+    remove: bool,
+    env: Sequence[str] = (),
+    cwd: str | None = None,
+) -> Running:
     """Reserve everything for a sandbox of `plan` and record it; nothing of it runs yet.
 
-    Raises SandboxError, UsageError, HostError; then nothing is left.
+    `env` and `cwd` are the job's, which `exec` starts from as well. Raises SandboxError, UsageError, HostError;
+    then nothing is left.
     """
     reap.sweep()
-    if name and store.name_taken(name):
-        raise SandboxError(
-            f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name"
-        )
+    if not name:
+        return _reserve(plan, name, argv, env, cwd, detached=detached, remove=remove)
+    with store.naming():
+        if store.name_taken(name):
+            raise SandboxError(
+                f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name"
+            )
+        return _reserve(plan, name, argv, env, cwd, detached=detached, remove=remove)
+
+
+def merged_env(image: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Return "NAME=value" items, later ones winning; the caller's own environment plays no part."""
+    found: dict[str, str] = {}
+    for item in (*image, *given):
+        name, _, value = item.partition("=")
+        found[name] = value
+    return [f"{name}={value}" for name, value in found.items()]
+
+
+def _reserve(
+    plan: Plan,
+    name: str,
+    argv: Sequence[str],
+    env: Sequence[str],
+    cwd: str | None,
+    *,
+    detached: bool,
+    remove: bool,
+) -> Running:
     entry = store.create()
     base = 0
     try:
@@ -198,11 +249,13 @@ def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remov
                 "argv": [word[:_SHOWN_CHARACTERS] for word in argv[:_SHOWN_WORDS]],
                 "created_ns": time.time_ns(),
                 "image": plan["image"]["name"],
+                "image_digest": plan["image"]["digest"],
+                "stop_signal": plan["stop_signal"],
                 "isolation": plan["isolation"],
                 "runtime": plan["runtime"]["name"],
                 "time_s": plan["time_s"],
-                "env": plan["env"],
-                "cwd": plan["cwd"],
+                "env": _bounded(merged_env(plan["env"], env)),
+                "cwd": cwd or plan["cwd"],
                 "detached": detached,
                 "remove": remove,
                 "base": base,
@@ -214,12 +267,31 @@ def prepare(plan: Plan, *, name: str, argv: Sequence[str], detached: bool, remov
         instance = Instance(
             id=entry.id, directory=entry.directory, staging=store.staging_dir(), base=base, cgroup_path=path
         )
-        return Running(plan, entry, instance, argv[0] if argv else "")
+        running = Running(plan, entry, instance, argv[0] if argv else "")
+        running.image_fd = _held(plan["image"])
+        return running
     except BaseException:
         ranges.release(base, entry.directory, rootless=plan["rootless"])
         entry.remove()
         entry.unlock()
         raise
+
+
+def _held(image: ImageChoice) -> int:
+    """Take hold of an image of the store, so that nobody removes it while a sandbox of it lives; -1 for others."""
+    if not image["record"]:
+        return -1
+    from ringfence.image.hold import hold
+
+    descriptor = hold(image["record"])
+    if descriptor < 0:
+        raise ImageError(f"the image {image['name']!r} has just been removed", hint="pull or build it again")
+    return descriptor
+
+
+def _bounded(env: list[str]) -> list[str]:
+    """Return `env` if a record has room for it; without it `exec` starts from the image's alone."""
+    return env if sum(map(len, env)) <= _MOST_ENV_CHARACTERS else []
 
 
 def start(running: Running, *, meanwhile: Callable[[], object] | None = None) -> None:
@@ -233,7 +305,8 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
     ours, theirs = _socket_pair()
     listener = _listener(running.entry.path("control.sock"))
     try:
-        descriptors = (theirs.fileno(), listener.fileno(), running.entry.lock_fd)
+        held = () if running.image_fd < 0 else (running.image_fd,)
+        descriptors = (theirs.fileno(), listener.fileno(), running.entry.lock_fd, *held)
         running.starting = start_linux(running.plan, running.instance, descriptors)
     except BaseException:
         ours.close()
@@ -251,7 +324,9 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
     if running.cgroup is not None and running.plan["deny_devices"]:
         running.cgroup.deny_devices(running.plan["deny_devices"])
     frame = running.connection.recv()
-    if frame is None or frame[0] != protocol.READY or protocol.decode_ready(frame[2])[0] != protocol.VERSION:
+    if frame is None:
+        raise _died(running)
+    if frame[0] != protocol.READY or protocol.decode_ready(frame[2])[0] != protocol.VERSION:
         raise SandboxError("the agent speaks another protocol", hint="run: make setup")
 
 
@@ -268,7 +343,7 @@ def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
         raise _died(running)
     kind, _, payload, received = answer
     if kind == protocol.FAILED:
-        raise CommandError(*protocol.decode_failed(payload), running.command)
+        raise failure(payload, running.command)
     if kind == protocol.EXITED:
         raise _died(running)
     running.pty = received[0] if received else -1
@@ -302,12 +377,15 @@ def prove_held(running: Running, reported_descriptors: int) -> Proof:
 def go(running: Running) -> None:
     """Let the job execute; the time limit counts from here."""
     assert running.connection is not None  # noqa: S101
+    running.entry.mark_started()
     running.connection.send(protocol.encode_go())
     running.started_s = time.monotonic()
 
 
-def _died(running: Running) -> SandboxError:
+def _died(running: Running) -> RingfenceError:
     memory = running.cgroup is not None and running.cgroup.oom_kills() > 0
+    if not memory and running.starting is not None and running.starting.wait() != 0:
+        return _runtime_error(running)  # it had started the agent, and then failed all the same
     return SandboxError(
         "the sandbox ended before the job started" + (": the memory limit is too small" if memory else ""),
         hint="raise limits.memory (--memory)" if memory else "see --debug",

@@ -10,19 +10,34 @@ import marshal
 import os
 import sys
 
+from ringfence.errors import ImageError
 from ringfence.host.cache import host_key
-from ringfence.image.find import find
+from ringfence.image.find import ImageMissing, find
 from ringfence.linux.paths import run_dir, state_dir
 from ringfence.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import Protocol
 
     from ringfence.image.model import Image
     from ringfence.plan.document import Plan
-    from ringfence.plan.workload import HostFiles
+    from ringfence.plan.workload import HostFiles, Start
     from ringfence.policy.model import Policy
+
+    class Teller(Protocol):
+        """Tells a person how fetching an image goes."""
+
+        def say(self, step: str) -> None:
+            """Tell one step."""
+
+        def progress(self, done_bytes: int, all_bytes: int) -> None:
+            """Tell how far it is."""
+
+        def close(self) -> None:
+            """Tidy the line up."""
+
 
 _MOST_PLANS = 512
 _MOST_BYTES = 4 << 20
@@ -30,11 +45,25 @@ _CHECKSUM_BYTES = 16
 _ROOMS = ("cgroup", "host", "image", "plan", "policy", "policy/presets")
 
 
+class Silent:
+    """A teller that tells nothing."""
+
+    def say(self, step: str) -> None:
+        """Do nothing."""
+
+    def progress(self, done_bytes: int, all_bytes: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Request:
     """What to run it under. `policy` is a preset or an absolute path; paths in `overrides` are absolute.
 
     `overrides` are policy fields by dotted YAML key, `additions` are appended to the policy's own lists and
-    `sysctls` to its mapping; `runtime` "" is the first that works here.
+    `sysctls` to its mapping; `runtime` "" is the first that works here. `pull` is "missing", "always" or "never",
+    `platform` "" is this host's; `teller` is told how fetching goes.
     """
 
     __slots__ = (
@@ -42,10 +71,13 @@ class Request:
         "allow_unenforced",
         "image",
         "overrides",
+        "platform",
         "policy",
+        "pull",
         "rootfs",
         "runtime",
         "sysctls",
+        "teller",
     )
 
     def __init__(
@@ -59,8 +91,11 @@ class Request:
         rootfs: str | None = None,
         runtime: str = "",
         allow_unenforced: tuple[str, ...] = (),
+        pull: str = "missing",
+        platform: str = "",
+        teller: Callable[[], Teller] | None = None,
     ) -> None:
-        """Hold the facts."""
+        """Hold the facts; `teller` makes one when it is needed."""
         is_path = "/" in policy or policy.endswith((".yaml", ".yml", ".json"))
         self.policy = os.path.abspath(policy) if is_path else policy
         self.overrides = dict(overrides or {})
@@ -70,12 +105,18 @@ class Request:
         self.rootfs = rootfs
         self.runtime = runtime
         self.allow_unenforced = tuple(sorted(set(allow_unenforced)))
+        self.pull = pull
+        self.platform = platform
+        self.teller = teller
 
 
 def plan_for(request: Request) -> Plan:
-    """Return the plan for `request`. Raises PolicyError, ImageError, MountError, HostError."""
+    """Return the plan for `request`, whose image is fetched first if need be.
+
+    Raises PolicyError, ImageError, MountError, HostError.
+    """
     state = state_dir()
-    image = find(request.image, request.rootfs, state_dir=state)
+    image = _image(request, state)
     if os.environ.get("RINGFENCE_PLAN_CACHE") == "off":
         return make(request, image)[0]
     home = _cache_dir(state)
@@ -85,6 +126,37 @@ def plan_for(request: Request) -> Plan:
         plan, depends = make(request, image)
         _keep(path, plan, depends)
     return plan
+
+
+def _image(request: Request, state: str) -> Image:
+    """Find the image, or have it fetched: `always` asks its registry in any case."""
+    if request.pull != "always" or request.rootfs is not None or request.image in (None, "host"):
+        try:
+            return find(request.image, request.rootfs, state_dir=state)
+        except ImageMissing:
+            if request.pull == "never":
+                raise
+    from ringfence.image.pull import ensure
+    from ringfence.image.reference import parse
+
+    # The policy's rules come before the first byte is fetched.
+    rules = policy_for(request).image
+    reference = parse(str(request.image))
+    if reference.transport != "dir":
+        teller = Silent() if request.teller is None else request.teller()
+        try:
+            ensure(
+                state,
+                reference,
+                how=request.pull,
+                rules_of=rules,
+                platform=request.platform,
+                say=teller.say,
+                progress=teller.progress,
+            )
+        finally:
+            teller.close()
+    return find(request.image, None, state_dir=state)
 
 
 def policy_for(request: Request) -> Policy:
@@ -110,6 +182,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
     from ringfence.host.cache import detect_cached
     from ringfence.host.enforce import FIELDS
     from ringfence.host.sources import resolve_sources
+    from ringfence.host.storage import disks_below
     from ringfence.plan.make import make_plan
     from ringfence.plan.workload import Workload
     from ringfence.policy.load import files_of
@@ -131,15 +204,27 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
         moby = _profile(policy.seccomp)
         if moby is None:
             raise PolicyError(f"cannot read the seccomp profile {policy.seccomp!r}", hint="correct the path")
+    if policy.image.signatures is not None:
+        from ringfence.image.rules import files
+
+        depends += files(policy.image.signatures)
     sources = resolve_sources(policy, own=(state_dir(), run_dir()))
     depends += [source.given for source in sources]
+    layers, env, start = _contents(request, image, policy)
+    disks, unknown = disks_below(
+        [*(layers or ("/usr",)), *(source.source for source in sources if source.kind != "device")]
+    )
     workload = Workload(
         image=image.name,
         image_digest=image.digest,
-        rootfs=image.rootfs,
-        env=image.env,
+        image_record=image.path if image.kind == "store" else "",
+        layers=layers,
+        env=env,
+        start=start,
         host_files=_host_files() if image.kind == "host" else None,
         sources=sources,
+        disks=disks,
+        unknown_disks=unknown,
         moby=moby,
     )
     plan = make_plan(
@@ -150,6 +235,60 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
         allow_unenforced=frozenset(request.allow_unenforced),
     )
     return plan, {path: _look(path) for path in depends}
+
+
+def _contents(
+    request: Request, image: Image, policy: Policy
+) -> tuple[tuple[str, ...], tuple[str, ...], Start]:
+    """Return the root directories of the image's layers, the environment it gives, and how it wants to start."""
+    from ringfence.image import rules
+    from ringfence.image.model import ENV
+    from ringfence.plan.workload import Start
+
+    if image.kind != "store":
+        rules.check(policy.image, None, shown=image.name, local=True)
+        return ((image.path,) if image.kind == "rootfs" else (), ENV, Start())
+    from ringfence.image.accounts import image_user
+    from ringfence.image.pull import ensure
+    from ringfence.image.reference import parse
+    from ringfence.image.store import layer_path, read_record
+
+    # It is here; this is the policy's rules, the platform, and whether it was fetched under those signatures.
+    how = "missing" if request.pull != "never" and image.state == state_dir() else "never"
+    ensure(
+        image.state,
+        parse(request.image or "base"),
+        how=how,
+        rules_of=policy.image,
+        platform=request.platform,
+    )
+    record = read_record(image.state, image.digest)
+    if len(record.layers) > 1 and os.geteuid() != 0 and image.state != state_dir():
+        raise ImageError(
+            f"the layers of root's image {image.name!r} cannot be put together by a user",
+            hint="pull or import it yourself",
+        )
+    layers = tuple(f"{layer_path(image.state, layer.diff_id)}/fs" for layer in record.layers)
+    wish = record.config
+    start = Start(
+        entrypoint=wish.entrypoint,
+        command=wish.cmd,
+        cwd=os.path.normpath(wish.cwd) if wish.cwd.startswith("/") and wish.cwd.strip("/") else "",
+        user=image_user(layers, wish.user) if policy.user == "dedicated" else None,
+        volumes=wish.volumes,
+        stop_signal=_signal(wish.stop_signal),
+    )
+    return layers, (*ENV, *wish.env), start
+
+
+def _signal(name: str) -> int:
+    """Return the number of "SIGQUIT", "QUIT" or "3"; SIGTERM for what is none."""
+    import signal
+
+    if name.isdigit() and 0 < int(name) < signal.NSIG:
+        return int(name)
+    number = getattr(signal, name if name.startswith("SIG") else f"SIG{name}", None)
+    return int(number) if isinstance(number, signal.Signals) else int(signal.SIGTERM)
 
 
 def _host_files() -> HostFiles:
@@ -197,7 +336,9 @@ def _key(request: Request, image: Image) -> str:
         host_key(),
         image.name,
         image.digest,
-        image.rootfs,
+        image.path,
+        request.image,
+        request.platform,
         request.policy,
         request.overrides,
         request.additions,

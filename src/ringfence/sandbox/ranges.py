@@ -43,6 +43,11 @@ def allocate(size: int, directory: str, *, rootless: bool = False) -> int:
                     return base
     finally:
         os.close(lock)
+    if not bases:
+        raise SandboxError(
+            f"there are no {size} ids in a row for a sandbox in both /etc/subuid and /etc/subgid",
+            hint="usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER",
+        )
     raise SandboxError(
         f"all {len(bases)} id ranges are in use", hint="stop sandboxes, or run 'ringfence gc' after a crash"
     )
@@ -96,6 +101,12 @@ def _claim(path: str, directory: str) -> None:
         os.write(fd, os.fsencode(directory))
     finally:
         os.close(fd)
+
+
+def owners(*, rootless: bool = False) -> list[str]:
+    """Return the directories of all sandboxes that have a range, whichever run directory they are in."""
+    home = _home(rootless=rootless)
+    return [_owner(f"{home}/{name}") for name in os.listdir(home) if name.isdigit()]
 
 
 def _owner(path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from ringfence.errors import HostError, RingfenceError
-from ringfence.linux import paths
 from ringfence.sandbox import ranges, store
 
 TYPE_CHECKING = False
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from ringfence.sandbox.store import Entry
 
 # In the directory of a detached sandbox that has ended, until `rm`.
-_KEPT = frozenset({"record.json", "ended.json", "proof.json"})
+_KEPT = frozenset({"started", "record.json", "ended.json", "proof.json"})
 
 
 class Swept:
@@ -83,7 +82,9 @@ def _collect_groups(layout: Layout, found: Collected) -> None:
 
     groups = leftovers(layout)
     # Read in this order: a sandbox has its directory and range before its cgroup, and loses them after it.
-    known = {entry.id for entry in store.entries()} | _ids_with_a_range()
+    known = {entry.id for entry in store.entries()} | {
+        os.path.basename(owner) for owner in ranges.owners(rootless=os.geteuid() != 0)
+    }
     for sandbox in groups:
         if sandbox in known:
             continue
@@ -102,22 +103,6 @@ def _collect_groups(layout: Layout, found: Collected) -> None:
             found.problems.append(str(error))
 
 
-def _ids_with_a_range() -> set[str]:
-    """Return the ids of the sandboxes of all run directories of this user that have an id range."""
-    home = f"{paths.ROOT_RUN if os.geteuid() == 0 else paths.run_dir()}/ranges"
-    ids = set()
-    for name in os.listdir(home) if os.path.isdir(home) else ():
-        try:
-            fd = os.open(f"{home}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            ids.add(os.path.basename(os.fsdecode(os.read(fd, 4096))))
-        finally:
-            os.close(fd)
-    return ids
-
-
 def _give_back_ranges() -> list[int]:
     return list(ranges.abandoned(rootless=os.geteuid() != 0))
 
@@ -125,10 +110,11 @@ def _give_back_ranges() -> list[int]:
 def reap(entry: Entry) -> None:
     """Clean up after `entry`, whose lock we hold. May be killed at any point: the next one begins again.
 
-    A detached sandbox keeps its record, proof and log until `rm`; of any other nothing is kept.
+    A detached sandbox whose job was started keeps its record, proof and log until `rm`; of any other nothing is
+    kept.
     """
     record = entry.record()
-    if not record.get("detached") or record.get("remove"):
+    if not record.get("detached") or record.get("remove") or not entry.started():
         discard(entry)
         return
     group = cgroup_of(record)

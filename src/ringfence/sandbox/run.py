@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from ringfence.errors import UsageError
 from ringfence.sandbox import launch, protocol
 from ringfence.sandbox.prepare import Request, plan_for
 from ringfence.sandbox.result import Result, Usage
@@ -26,11 +27,12 @@ KILLED = 128
 
 
 def run(
-    argv: Sequence[Text],
+    argv: Sequence[Text] = (),
     *,
     policy: str = "untrusted",
     isolation: str | None = None,
     image: str | None = None,
+    pull: str = "missing",
     rootfs: str | None = None,
     runtime: str | None = None,
     stdin: bytes = b"",
@@ -41,6 +43,9 @@ def run(
     allow_unenforced: Sequence[str] = (),
 ) -> Result:
     """Run `argv` in a fresh sandbox and return its `Result`; stdout and stderr are bytes.
+
+    An image's entrypoint comes before `argv`, and its own command in place of an empty one; `pull` says when an
+    image is fetched: "missing", "always" or "never".
 
     `policy` is a preset or a path; `timeout` (seconds) and `isolation` override the policy's own, as does every
     entry of `overrides`, by dotted YAML key ("limits.memory": "512MiB"). `env` is added to the image's
@@ -56,13 +61,27 @@ def run(
         policy=policy,
         overrides=fields,
         image=image,
+        pull=pull,
         rootfs=rootfs,
         runtime=runtime or "",
         allow_unenforced=tuple(allow_unenforced),
     )
     plan = plan_for(request)
+    argv = [*plan["entrypoint"], *(argv or plan["command"])]
+    if not argv:
+        raise UsageError(
+            "no command was given, and the image names none", hint='ringfence.run(["COMMAND", "ARG"])'
+        )
     with_env = [f"{name}={value}" for name, value in (env or {}).items()]
-    running = launch.prepare(plan, name="", argv=[_shown(word) for word in argv], detached=False, remove=True)
+    running = launch.prepare(
+        plan,
+        name="",
+        argv=[_shown(word) for word in argv],
+        detached=False,
+        remove=True,
+        env=with_env,
+        cwd=cwd,
+    )
     try:
         launch.start(running)
         return _captured(running, [os.fsencode(word) for word in argv], with_env, cwd, stdin)
@@ -107,7 +126,7 @@ def start_job(
     detached = bool(flags & protocol.DETACH)
     frame = protocol.encode_start(
         argv,
-        [os.fsencode(item) for item in merged_env(plan["env"], env)],
+        [os.fsencode(item) for item in launch.merged_env(plan["env"], env)],
         os.fsencode(cwd or plan["cwd"]),
         flags=flags | protocol.HOLD,
         deadline_ms=agent_deadline_ms(plan["time_s"]),
@@ -124,15 +143,6 @@ def deadline_s(running: Running) -> float | None:
     """Return when the job's time is up, on the clock of time.monotonic()."""
     time_s = running.plan["time_s"]
     return None if time_s is None else running.started_s + time_s
-
-
-def merged_env(image: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Return "NAME=value" items, later ones winning; the caller's own environment plays no part."""
-    found: dict[str, str] = {}
-    for item in (*image, *given):
-        name, _, value = item.partition("=")
-        found[name] = value
-    return [f"{name}={value}" for name, value in found.items()]
 
 
 def finish(

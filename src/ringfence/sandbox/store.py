@@ -24,6 +24,7 @@ _NEW = ".new-"
 _GONE = ".gone-"
 LOCK = "lock"
 _RECORD = "record.json"
+_STARTED = "started"
 _ENDED = "ended.json"
 _MOST_BYTES = 1 << 20
 NO_ROOM = "free some space there, or set RINGFENCE_RUN_DIR"
@@ -65,6 +66,15 @@ class Entry:
     def ended(self) -> dict[str, object]:
         """Return how it ended, {} while that is not known."""
         return _read(self.path(_ENDED))
+
+    def mark_started(self) -> None:
+        """Note that the job is let go; raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(self.path(_STARTED), flags, 0o600))
+
+    def started(self) -> bool:
+        """Say whether the job was ever let go."""
+        return os.path.lexists(self.path(_STARTED))
 
     def try_lock(self) -> bool:
         """Take the lock if nobody alive has it; then nothing of the sandbox can start any more.
@@ -213,6 +223,21 @@ def find(name: str) -> Entry:
     if found:
         raise UsageError(f"{name!r} is the beginning of {len(found)} ids", hint="give more of it")
     raise UsageError(f"no sandbox {name!r}", hint="'ringfence ps --all' lists them")
+
+
+class naming:  # noqa: N801 - used as a function
+    """While it is entered, nobody else of this run directory gives a sandbox a name."""
+
+    __slots__ = ("_fd",)
+
+    def __enter__(self) -> None:
+        # Not the directory of sandboxes, which `create` locks as well.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(f"{run_dir()}/naming.lock", flags, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
 
 
 def name_taken(name: str) -> bool:

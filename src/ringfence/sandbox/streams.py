@@ -18,8 +18,17 @@ from ringfence.sandbox import protocol
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
-    from ringfence.sandbox.launch import Running
+    class Attended(Protocol):
+        """What is asked of a sandbox, or of a session in one, while its streams are carried."""
+
+        connection: protocol.Connection | None
+        command: str
+
+        def kill(self) -> None:
+            """End the job at once."""
+
 
 _CHUNK_BYTES = 1 << 16
 # A pipe or terminal that poll(2) calls writable takes this much without blocking: pipe(7), PIPE_BUF.
@@ -70,22 +79,32 @@ class Collect:
         """Do nothing: nothing is ever pending."""
         return True
 
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
 
 class Forward:
     """A sink that writes to a descriptor of ours, a little at a time and only when it can be written."""
 
-    __slots__ = ("fd", "pending", "whole")
+    __slots__ = ("_opened", "fd", "pending", "whole")
 
     def __init__(self, fd: int) -> None:
         """Write to `fd`, which stays the caller's."""
-        self.fd = fd
+        self._opened = _unblocked(fd)
+        self.fd = fd if self._opened < 0 else self._opened
         self.pending = b""
-        self.whole = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.whole = self._opened >= 0 or stat.S_ISREG(os.fstat(fd).st_mode)
 
     def put(self, data: bytes) -> bool:
         """Take `data`; False when nobody will ever read it."""
         self.pending = data
         return self.flush() if self.whole else True
+
+    def close(self) -> None:
+        """Close what was opened here. Idempotent."""
+        if self._opened >= 0:
+            os.close(self._opened)
+            self._opened = self.fd = -1
 
     def flush(self) -> bool:
         """Write some of what is pending, after poll(2) said that this is possible."""
@@ -102,6 +121,24 @@ class Forward:
                 f"cannot write the job's output: {error.strerror}", hint="free some space there"
             ) from error
         return True
+
+
+def _unblocked(fd: int) -> int:
+    """Return another descriptor of the same pipe or terminal that never blocks, -1 where there is none.
+
+    Setting O_NONBLOCK on `fd` itself would set it for everybody who shares it, such as our caller's shell. And poll(2)
+    is not enough: what it promises of a pipe, the other of our two sinks may have used up, and of a terminal it
+    promises no more than one byte.
+    """
+    mode = os.fstat(fd).st_mode
+    # Not a pty's master, behind whose name there is always a new one.
+    slave = stat.S_ISCHR(mode) and os.isatty(fd) and os.fstat(fd).st_rdev != os.makedev(5, 2)
+    if not (slave or stat.S_ISFIFO(mode)):
+        return -1
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:  # a terminal that belongs to somebody else
+        return -1
 
 
 Sink = Collect | Forward
@@ -167,7 +204,7 @@ class Attendance:
 
     def __init__(
         self,
-        running: Running,
+        running: Attended,
         outputs: dict[int, Sink],
         source: Source | None,
         *,
@@ -198,8 +235,8 @@ class Attendance:
                 if not self._turn():
                     break
         finally:
-            for fd in self.outputs:
-                os.close(fd)
+            for fd in list(self.outputs):
+                self._close(fd)
             if self.source is not None:
                 self.source.close()
         return self.ending
@@ -245,7 +282,8 @@ class Attendance:
         return max(0.0, (min(ends) - time.monotonic()) * 1000) + 1 if ends else None
 
     def _pending(self) -> bool:
-        return any(sink.pending for sink in self.outputs.values())
+        """Whether somebody is still to read something, for whom it is worth to wait: not beyond the time limit."""
+        return not self.ending.timed_out and any(sink.pending for sink in self.outputs.values())
 
     def _connection(self) -> protocol.Connection:
         connection = self.running.connection
@@ -293,7 +331,7 @@ class Attendance:
 
     def _close(self, fd: int) -> None:
         os.close(fd)
-        del self.outputs[fd]
+        self.outputs.pop(fd).close()
 
     def _hear(self) -> None:
         try:
@@ -306,9 +344,9 @@ class Attendance:
         elif frame[0] == protocol.EXITED:
             self.ending.exited = protocol.decode_exited(frame[2])
         elif frame[0] == protocol.FAILED:
-            from ringfence.sandbox.launch import CommandError
+            from ringfence.sandbox.launch import failure
 
-            raise CommandError(*protocol.decode_failed(frame[2]), self.running.command)
+            raise failure(frame[2], self.running.command)
 
 
 def agent_deadline_ms(time_s: float | None) -> int:

@@ -1,0 +1,247 @@
+"""Without root: the same sandbox from a user's own ids, and a clear word on what a user cannot have.
+
+The user exists in a private mount namespace of each run alone: its passwd, group, subuid and subgid files are
+mounted over those of the machine, which stay as they are.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import RINGFENCE, Done, refused
+
+pytestmark = pytest.mark.requires("root", "runc", "image:base", "userns")
+
+UID, GID = 4242, 4243
+# Another session of these tests may run here at the same time.
+FIRST = 1_000_000 + 65_536 * random.randrange(1000)
+BEYOND = FIRST + 65_536
+NO_CGROUP = "limits.memory,limits.cpus,limits.cpu_weight,limits.pids,limits.io.read,limits.io.read_iops"
+ACCEPTED = ("--allow-unenforced", NO_CGROUP)
+OWN_ID = ("--allow-unenforced", "user,limits.threads")
+_BECOME = """
+for name in passwd group subuid subgid; do mount --bind "$PLACE/$name" "/etc/$name"; done
+exec setpriv --reuid "$USER_ID" --regid "$GROUP_ID" --groups "$GROUPS_OF" --inh-caps=-all \
+    env -i PATH=/usr/bin:/bin:/usr/sbin "HOME=$PLACE/home" "XDG_RUNTIME_DIR=$PLACE/run" "$@"
+"""
+
+
+class User:
+    """A user of his own making: `ids` says whether he has subordinate ids."""
+
+    def __init__(self, place: Path, *, ids: bool) -> None:
+        self.place = place
+        place.chmod(0o755)
+        (place / "passwd").write_text(Path("/etc/passwd").read_text() + f"rfuser:x:{UID}:{GID}::/:/bin/sh\n")
+        (place / "group").write_text(Path("/etc/group").read_text() + f"rfuser:x:{GID}:\n")
+        for name in ("subuid", "subgid"):
+            (place / name).write_text(f"rfuser:{FIRST}:65536\n" if ids else "")
+        for name in ("home", "run"):
+            (place / name).mkdir(mode=0o700)
+            os.chown(place / name, UID, GID)
+
+    def command(self, *words: str | Path) -> list[str | Path]:
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _BECOME, "sh", *words]
+
+    def environment(self) -> dict[str, str]:
+        # A supplementary group, which most users have and no job should.
+        own = {"PLACE": str(self.place), "USER_ID": str(UID), "GROUP_ID": str(GID), "GROUPS_OF": "27"}
+        return {**os.environ, **own}
+
+    def run(self, *words: str | Path) -> Done:
+        """Run ``ringfence run WORDS`` as this user."""
+        command = self.command(RINGFENCE, "run", *words)
+        return subprocess.run(
+            command, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+
+    def remains(self) -> list[str]:
+        """Return what is left of his sandboxes."""
+        run = self.place / "run/ringfence"
+        return [str(path) for path in (*run.glob("sandboxes/*"), *run.glob("ranges/[0-9]*"))]
+
+
+def make_user(*, ids: bool) -> Iterator[User]:
+    place = Path(tempfile.mkdtemp(prefix="ringfence-user-"))
+    made = User(place, ids=ids)
+    reached = subprocess.run(made.command("test", "-x", RINGFENCE), env=made.environment())
+    if reached.returncode:
+        shutil.rmtree(place)
+        pytest.skip(f"needs {RINGFENCE} to be reachable by other users")
+    yield made
+    assert made.remains() == []
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    """A user with 65,536 subordinate ids."""
+    yield from make_user(ids=True)
+
+
+@pytest.fixture
+def bare_user() -> Iterator[User]:
+    """A user with no id but his own."""
+    yield from make_user(ids=False)
+
+
+def test_the_refusal_names_every_field_that_needs_a_cgroup(user: User) -> None:
+    """One line with all of them and the words that accept them."""
+    refused(user.run("true"), 125, "limits.memory cannot be enforced", f"--allow-unenforced {NO_CGROUP}")
+
+
+def test_a_job_is_nobody_of_the_hosts(user: User) -> None:
+    """A user and group inside, subordinate ids outside, no groups, the caller's own id only as root inside."""
+    code = "import json, os; print(json.dumps([os.getresuid(), os.getresgid(), os.getgroups(), "
+    code += "open('/proc/self/uid_map').read().split(), open('/proc/self/gid_map').read().split()]))"
+    done = user.run(*ACCEPTED, "--", "python3", "-c", code)
+    assert done.returncode == 0, done.stderr
+    uids, gids, groups, uid_map, gid_map = json.loads(done.stdout)
+    assert (uids, gids, groups) == ([1000] * 3, [1000] * 3, [])
+    assert (uid_map[:3], gid_map[:3]) == (["0", str(UID), "1"], ["0", str(GID), "1"])
+    first, count = map(int, uid_map[4:])
+    assert uid_map[3:] == gid_map[3:] == ["1", str(first), "4095"]
+    assert FIRST <= first < first + count <= BEYOND
+    assert len(uid_map) == 6
+
+
+def test_the_proof_holds_and_says_what_is_not_enforced(user: User, tmp_path: Path) -> None:
+    """Every asked control is observed, and each accepted field stands there as not enforced, with the reason."""
+    proof_file = user.place / "home/proof.json"
+    assert user.run(*ACCEPTED, "--proof", proof_file, "--", "true").returncode == 0
+    proof = json.loads(proof_file.read_text())
+    assert proof["holds"] is True
+    assert proof["unenforced"] == NO_CGROUP.split(",")
+    lines = {line["control"]: line for line in proof["lines"]}
+    for field in proof["unenforced"]:
+        assert lines[field]["observed"].startswith("not enforced: this user may not make groups")
+        assert lines[field]["ok"] is None
+    assert lines["credentials.range"]["ok"] is True
+    assert lines["descriptors"]["vantage"] in ("observed", "reported")  # whose /proc/PID/fd a user may read
+    assert lines["hostname"]["vantage"] == "not observable"
+    assert [
+        name for name, line in lines.items() if line["ok"] is None and line["vantage"] == "observed"
+    ] == []
+    for name in ("namespace.user", "seccomp.mode", "capabilities.bounding", "rlimit.nproc", "mount:/"):
+        assert (lines[name]["vantage"], lines[name]["ok"]) == ("observed", True)
+
+
+def test_threads_are_limited_for_the_sandbox_alone(user: User) -> None:
+    """The uid is the sandbox's own, so RLIMIT_NPROC counts its processes and no others."""
+    code = (
+        "import os, time\nmade = 0\ntry:\n  for _ in range(40):\n    if os.fork() == 0: time.sleep(5); os._exit(0)\n"
+        "    made += 1\nexcept BlockingIOError: print(made)"
+    )
+    done = user.run(*ACCEPTED, "--ulimit", "nproc=8", "--", "python3", "-c", code)
+    assert done.stdout == b"7\n", done.stderr
+
+
+def test_a_user_inside_may_be_chosen_within_the_range(user: User) -> None:
+    """Any id but 0, which would be the caller, and below the size of the range."""
+    assert user.run(*ACCEPTED, "--user", "7:8", "--", "id", "-G").stdout == b"8\n"
+    refused(user.run(*ACCEPTED, "--user", "0", "true"), 125, "would be yourself")
+    refused(user.run(*ACCEPTED, "--user", "4096", "true"), 125, "beyond the 4096 ids")
+
+
+def test_mounts_show_what_others_may_see(user: User) -> None:
+    """A job is another user to the caller's files: it reads and writes what everybody may, and nothing else."""
+    data = user.place / "home/data"
+    data.mkdir()
+    (data / "public").write_text("public")
+    (data / "private").write_text("private")
+    for path, mode in ((data, 0o777), (data / "public", 0o644), (data / "private", 0o600)):
+        os.chown(path, UID, GID)
+        path.chmod(mode)
+    code = "cat /data/public; cat /data/private; echo x > /data/new && stat -c ' %u' /data/new"
+    done = user.run(*ACCEPTED, "-v", f"{data}:/data", "--", "sh", "-c", code)
+    assert done.stdout == b"public"
+    assert b"private: Permission denied" in done.stderr
+    assert b"Read-only file system" in done.stderr
+    writes = ("--allow-unenforced", "limits.io.write,limits.io.write_iops")
+    done = user.run(*ACCEPTED, *writes, "-v", f"{data}:/data:rw", "--", "sh", "-c", code)
+    assert done.stdout == b"public 1000\n"
+    assert FIRST < (data / "new").stat().st_uid < BEYOND
+
+
+def test_a_writable_root_is_thrown_away(user: User) -> None:
+    """The job writes to its own directories of the overlay; the next run has a fresh one."""
+    words = (*ACCEPTED, "--read-only=false", "--", "sh", "-c")
+    code = "test ! -e /work/kept && echo x > /work/kept && grep ' / ' /proc/self/mountinfo"
+    for _ in range(2):
+        done = user.run(*words, code)
+        assert done.returncode == 0, done.stderr
+        assert b" rw,nosuid,nodev" in done.stdout
+
+
+def test_crun_on_hybrid_cgroups_is_refused(user: User) -> None:
+    """A user cannot hide the second hierarchy from it; the other runtime is named."""
+    if not Path("/sys/fs/cgroup/unified/cgroup.controllers").exists():
+        pytest.skip("needs hybrid cgroups")
+    refused(user.run(*ACCEPTED, "--runtime", "crun", "true"), 125, "hybrid cgroups", "--runtime runc")
+
+
+def test_without_subordinate_ids_the_hint_is_how_to_get_them(bare_user: User) -> None:
+    """An identity of its own is part of the policy, and so are threads counted by it."""
+    done = bare_user.run(*ACCEPTED, "true")
+    refused(
+        done,
+        125,
+        "no range in /etc/subuid",
+        "usermod --add-subuids",
+        "--allow-unenforced user,limits.threads",
+    )
+
+
+def test_with_the_callers_own_id_alone(bare_user: User) -> None:
+    """Accepted in so many words, the job is the caller, as 0 inside, without capabilities; all else holds."""
+    proof_file = bare_user.place / "home/proof.json"
+    code = "import json, os; s = dict(line.split(':\\t', 1) for line in open('/proc/self/status')); "
+    code += "open('/work/x', 'w'); print(json.dumps([os.getuid(), open('/proc/self/uid_map').read().split(), "
+    code += "s['CapEff'], s['CapBnd'], s['NoNewPrivs']]))"
+    done = bare_user.run(*ACCEPTED, *OWN_ID, "--proof", proof_file, "--", "python3", "-c", code)
+    assert done.returncode == 0, done.stderr
+    none = "0" * 16 + "\n"
+    assert json.loads(done.stdout) == [0, ["0", str(UID), "1"], none, none, "1\n"]
+    proof = json.loads(proof_file.read_text())
+    assert proof["holds"] is True
+    assert {"user", "limits.threads"} < set(proof["unenforced"])
+    assert not {"rlimit.nproc", "credentials.groups"} & {line["control"] for line in proof["lines"]}
+    refused(bare_user.run(*ACCEPTED, *OWN_ID, "--user", "7", "true"), 125, "needs subordinate ids")
+
+
+@pytest.mark.parametrize("moment_s", [0.06, 0.12, 0.2, 0.5])
+def test_a_killed_launcher_leaves_nothing(user: User, moment_s: float) -> None:
+    """kill -9: the sandbox dies with it, and the user's next run removes what was recorded."""
+    command = user.command(RINGFENCE, "run", *ACCEPTED, "--", "sleep", "60")
+    process = subprocess.Popen(command, env=user.environment(), stdin=subprocess.DEVNULL)
+    time.sleep(moment_s)
+    process.send_signal(signal.SIGKILL)  # every program of the way replaced the one before
+    process.wait()
+    deadline = time.monotonic() + 10
+    while (user.remains() or processes_of_ids()) and time.monotonic() < deadline:
+        assert user.run(*ACCEPTED, "true").returncode == 0
+    assert user.remains() == []
+    assert processes_of_ids() == []
+
+
+def processes_of_ids() -> list[str]:
+    """Return the processes that run with a subordinate id of the user."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+        except OSError:
+            continue
+        uid = int(text.partition("\nUid:\t")[2].split()[0])
+        if FIRST <= uid < BEYOND and "\nState:\tZ" not in text:  # a zombie only waits for the machine's init
+            found.append(" ".join(text.splitlines()[:7]))
+    return found
