@@ -183,7 +183,9 @@ def test_a_detached_sandbox_keeps_its_output_and_status(cli: Cli, runtime: str) 
     assert (facts["state"], facts["exit_status"], facts["oom_killed"]) == ("exited", 3, False)
     assert facts["usage"]["memory_peak_bytes"] > 1 << 20
     assert b"box" not in cli("ps").stdout
-    assert re.search(rb"box +exited \(3\) \d+ s ago +base +linux +python3 -c", cli("ps", "--all").stdout)
+    assert re.search(
+        rb"box +exited \(3\) \d+ s ago +base:latest +linux +python3 -c", cli("ps", "--all").stdout
+    )
     assert cli("logs", "box").stdout == data
     assert cli("rm", "box").stdout == b"box\n"
     assert cli.ps() == {}
@@ -194,7 +196,7 @@ def test_an_ended_sandbox_holds_nothing_but_its_record(cli: Cli) -> None:
     """What only a living sandbox needs (cgroup, ids, socket, bundle) goes as soon as somebody notices the end."""
     sandbox = cli.detached("true")
     until(lambda: cli.ps()["box"]["state"] == "exited")
-    assert sorted(os.listdir(cli.home / "sandboxes" / sandbox)) == ["ended.json", "record.json"]
+    assert sorted(os.listdir(cli.home / "sandboxes" / sandbox)) == ["ended.json", "record.json", "started"]
     assert sandbox not in groups_below(layout())
     assert not [path for path, name in leftovers._ranges(cli.home) if name == sandbox]
 
@@ -591,7 +593,7 @@ def test_a_cleaner_that_was_killed_half_way_is_no_harm(cli: Cli) -> None:
         (home / name / "lock").touch()
     assert cli.ps()["box"]["exit_status"] == 4
     assert sandbox not in groups_below(layout())
-    assert sorted(os.listdir(home / sandbox)) == ["ended.json", "record.json"]
+    assert sorted(os.listdir(home / sandbox)) == ["ended.json", "record.json", "started"]
     assert os.listdir(home) == [sandbox]
 
 

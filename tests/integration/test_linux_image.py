@@ -12,6 +12,7 @@ import pytest
 from boxes import USER, Sandboxes, bind
 from ringfence.errors import ImageError
 from ringfence.image.find import find
+from ringfence.image.store import layer_path, read_record
 from ringfence.linux.paths import state_dir
 
 pytestmark = pytest.mark.requires("root", "compiler")
@@ -115,7 +116,9 @@ def test_file_capabilities_gain_nothing(
 
 def test_image_is_untouched_by_a_job_that_tries_everything(sandboxes: Sandboxes) -> None:
     """A job that is root in a writable root removes what it can; the next one finds all of it, and so does the host."""
-    root = Path(find(None, None, state_dir=state_dir()).rootfs)
+    base = find(None, None, state_dir=state_dir())
+    (layer,) = read_record(base.state, base.digest).layers
+    root = Path(layer_path(base.state, layer.diff_id)) / "fs"
     before = state_of(root)
     destroy = (
         "echo x > /etc/new; rm -rf /usr/share /usr/lib/python3 /etc/passwd; chmod -R 777 /etc; ls /usr/share"

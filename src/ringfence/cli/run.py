@@ -78,6 +78,8 @@ def main(argv: list[str]) -> int:
     _check_name(args.name)
     check_workdir(args.workdir)
     env = environment(args.env)
+    if not command and args.image is None:
+        raise UsageError("no command was given", hint="ringfence run -- COMMAND ARG ...")
     plan = plan_for(request(args))
     command = whole_command(plan, args.entrypoint, command)
     with Signals() as signals:
