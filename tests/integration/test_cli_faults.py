@@ -310,6 +310,40 @@ def test_the_proof_is_written_also_when_the_job_fails_and_not_when_nothing_ran(t
     assert list(tmp_path.iterdir()) == []
 
 
+ACCEPTED = ("--allow-unenforced", "limits.io.write,limits.io.write_iops")
+
+
+@pytest.mark.parametrize("trick", ["ln -s /victim/file $1", "echo forged > $1", ":"])
+def test_the_proof_is_written_to_its_own_file_alone(tmp_path: Path, shared: Path, trick: str) -> None:
+    """A job that can write where the proof goes cannot have it written elsewhere, nor put its own in its place."""
+    (shared / "victim").write_text("precious")
+    os.chown(shared, 0, 0)  # the job has the files of its owner, and the proof's is root
+    script = f"set -- /data/proof.json.*; rm $1; {trick.replace('/victim/file', str(shared / 'victim'))}"
+    words = ("-v", f"{shared}:/data:rw", *ACCEPTED, "--proof", shared / "proof.json")
+    refused(run(*words, "--", "sh", "-c", script), 125, "somebody has taken its file away")
+    assert (shared / "victim").read_text() == "precious"
+    assert not os.path.lexists(shared / "proof.json")
+
+
+def test_the_proof_replaces_no_device_and_leaves_nothing_after_a_refusal(tmp_path: Path) -> None:
+    """What is there and is no file is refused; so is a name that is taken, and no empty file stays."""
+    node, link = tmp_path / "node", tmp_path / "link"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    link.symlink_to(node)
+    for path in (node, link, tmp_path, f"{tmp_path}/"):
+        refused(run("--proof", path, "--", "true"), 2, "is no file")
+    assert node.is_char_device()
+    assert link.is_symlink()
+    link.unlink()
+    node.unlink()
+    assert run("-d", "--name", "taken", "--", "true").returncode == 0
+    try:
+        refused(run("--proof", tmp_path / "a.json", "--name", "taken", "--", "true"), 125, "'taken'")
+    finally:
+        ringfence("rm", "--force", "taken")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plan_refuses_as_run_does_and_touches_nothing(home: Path) -> None:
     """``ringfence plan`` with the same bad values says the same words."""
     for words in (["--memory", "4k"], ["-v", "/nosuch:/data"], ["--policy", "hostile"], ["--bogus"]):

@@ -59,13 +59,13 @@ def layer(entries: Sequence[Entry]) -> bytes:
     return out.getvalue()
 
 
-def image(state: str, name: str, **config: object) -> str:
+def image(state: str, name: str, upper: Sequence[Entry] = UPPER, **config: object) -> str:
     """Put an image on top of base into the store of `state`, configured by `config`; return its digest."""
     base = store.read_record(state, str(store.resolve(state, "base:latest")))
     lowest = base.layers[0]
     described = [{"mediaType": lowest.media_type, "digest": lowest.digest, "size": lowest.size_bytes}]
     diff_ids = [lowest.diff_id]
-    for entries in (LOWER, UPPER):
+    for entries in (LOWER, upper):
         data = layer(entries)
         diff_ids.append(add_blob(state, data))
         described.append({"mediaType": OCI_LAYER, "digest": diff_ids[-1], "size": len(data)})
@@ -202,6 +202,26 @@ def test_volumes_are_writable_within_the_disk_limit(state: str) -> None:
     assert lines(sh("volumes:1", "ls /srv/data | wc -l")) == ["0"]
 
 
+def test_volumes_inside_each_other_and_around_a_mount(state: str, tmp_path: Path) -> None:
+    """The inner one is part of the outer one; a mount of the policy in a volume is there."""
+    image(state, "volumes:3", Volumes={"/srv/a": {}, "/srv/a/b": {}, "/srv/c": {}})
+    (tmp_path / "file").write_text("mine\n")
+    mounts = [{"source": str(tmp_path), "target": "/srv/c/d"}]
+    script = "mkdir -p /srv/a/b && touch /srv/a/b/f && cat /srv/c/d/file"
+    assert lines(sh("volumes:3", script, overrides={"filesystem.mounts": mounts})) == ["mine"]
+
+
+def test_a_passwd_that_a_layer_deletes_is_not_asked(state: str) -> None:
+    """A whiteout counts: a user of a lower layer's passwd is not known any more."""
+    try:
+        without = [*UPPER, ("etc/.wh.passwd", F, b"", 0o644, 0)]
+        image(state, "deleted:1", without, User="app")
+        with pytest.raises(ImageError, match="not in its /etc/passwd"):
+            ringfence.run(["true"], image="deleted:1")
+    finally:
+        remove(state, "deleted:1")
+
+
 @pytest.mark.parametrize("path", ["/proc", "/dev/shm", "/a/../../etc", "relative"])
 def test_a_volume_where_none_can_be_is_refused(state: str, path: str) -> None:
     image(state, "volumes:2", Volumes={path: {}})
@@ -302,6 +322,34 @@ def test_run_fetches_what_is_not_here_and_then_needs_no_registry(state: str, tmp
     with pytest.raises(ImageError) as refused:
         ringfence.run(image=name, pull="always")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.requires("skopeo", "docker-registry")
+def test_an_image_fetched_anew_for_its_signature_is_the_one_that_runs(state: str, tmp_path: Path) -> None:
+    """One that is here but was not fetched under the policy for signatures does not run in place of one that was."""
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    with registry(tmp_path / "registry") as port:
+        name = f"127.0.0.1:{port}/team/signed:1"
+        for said in ("unsigned", "signed"):
+            image(state, f"{said}:1", Cmd=["/bin/echo", said])
+            layout = f"oci:{tmp_path / said}:v1"
+            subprocess.run([CLI, "image", "export", f"{said}:1", layout], capture_output=True, check=True)
+            push = ["skopeo", "copy", "--dest-tls-verify=false", layout, f"docker://{name}"]
+            subprocess.run(push, capture_output=True, check=True)
+            if said == "unsigned":
+                assert ringfence.run(image=name).stdout == b"unsigned\n"
+        asked = {"image.signatures": str(policy)}
+        first = ringfence.run(image=name, overrides=asked)
+    assert first.stdout == b"signed\n"
+    assert first.proof is not None
+    assert first.proof["image_digest"] == store.resolve(state, name)
+    assert ringfence.run(image=name, overrides=asked).stdout == b"signed\n"
+    # The old one under the name again: what was kept for the new one does not let it in.
+    with store.locked(state):
+        store.set_name(state, name, str(store.resolve(state, "unsigned:1")))
+    with pytest.raises(ImageError, match="was not fetched under"):
+        ringfence.run(image=name, overrides=asked, pull="never")
 
 
 def test_the_digest_in_the_proof_is_that_of_the_manifest(state: str) -> None:

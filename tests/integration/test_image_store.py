@@ -1,5 +1,6 @@
 """The store of images: imports, names, removal, verification, and what is left when work is killed."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -203,6 +204,29 @@ def test_a_claim_and_a_removal_exclude_each_other(state: Path, image: str) -> No
     os.close(taken)
     assert waiter.communicate(timeout=10)[0] == b"-1\n"
     assert hold(path) == -1
+
+
+def test_who_may_only_read_a_record_keeps_nobody_from_starting(state: Path, image: str) -> None:
+    """Other users of the host can read root's records; none of the locks that they can take is in a start's way."""
+    path = store.record_path(str(state), image)
+    reader = os.open(path, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_EX)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        fcntl.lockf(reader, fcntl.LOCK_EX)
+    fcntl.lockf(reader, fcntl.LOCK_SH)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from ringfence.image.hold import hold; print(hold(sys.argv[1]))",
+            path,
+        ],
+        capture_output=True,
+        timeout=10,
+        check=True,
+    )
+    assert int(done.stdout) > 0
+    os.close(reader)
 
 
 def test_a_claim_ends_with_its_last_holder(state: Path, image: str) -> None:

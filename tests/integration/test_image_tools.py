@@ -331,3 +331,15 @@ def test_the_command_line_imports_and_exports(state: Path, tree: Path, tmp_path:
     refusal = ringfence("image", "import", tmp_path, "x", env=environment)
     assert refusal.returncode == 2
     assert f"write oci:{tmp_path}" in refusal.stderr.decode()
+
+
+def test_an_export_takes_the_place_of_files_alone(state: Path, tree: Path, tmp_path: Path) -> None:
+    """A FIFO, a device or a symlink at the path stays what it is: /dev/null must not become an archive."""
+    record = import_directory(str(state), str(tree), "special:1")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("elsewhere")
+    for name in ("fifo", "link"):
+        with pytest.raises(ImageError, match="is no file"):
+            export_archive(str(state), record, str(tmp_path / name), "v1")
+    assert (tmp_path / "fifo").is_fifo()
+    assert os.readlink(tmp_path / "link") == "elsewhere"

@@ -15,6 +15,7 @@ import ringfence
 from boxes import USER, Sandboxes, bind
 from ringfence.errors import MountError, PolicyError
 from ringfence.linux.paths import state_dir
+from ringfence.runtime.stage import Ids, Stager
 from ringfence.sandbox import launch
 from ringfence.sandbox.prepare import Request, plan_for
 
@@ -284,6 +285,50 @@ def test_target_through_a_link_in_an_earlier_mount(sandboxes: Sandboxes, shared:
         sandboxes.run(
             ["true"], mounted(bind(shared / "outer", "/data"), bind(shared / "source", "/data/inner"))
         )
+
+
+@pytest.mark.parametrize("target", ["/work", "/tmp/place"])
+def test_nothing_is_made_through_a_link_in_an_earlier_mount(
+    sandboxes: Sandboxes, shared: Path, target: str
+) -> None:
+    """Below /tmp and /work mount points are made, but not inside another mount: a job may have put a link there."""
+    for name in ("outer", "source", "victim"):
+        (shared / name).mkdir()
+    (shared / "outer" / "link").symlink_to(shared / "victim")
+    (shared / "file").touch()
+    outer = bind(shared / "outer", target, "rw")
+    for source, inner in (
+        ("source", "link/made"),
+        ("file", "link/made"),
+        ("source", "made"),
+        ("file", "made"),
+    ):
+        with pytest.raises(MountError, match=r"symlink|make it in the mount around it"):
+            sandboxes.run(["true"], mounted(outer, bind(shared / source, f"{target}/{inner}")))
+        assert os.listdir(shared / "victim") == []
+        assert os.listdir(shared / "outer") == ["link"]
+    (shared / "outer" / "made").mkdir()
+    (shared / "source" / "here").touch()
+    result = sandboxes.run(
+        ["ls", f"{target}/made"], mounted(outer, bind(shared / "source", f"{target}/made"))
+    )
+    assert (result.stdout, result.exit_status) == (b"here\n", 0)
+
+
+def test_the_stager_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a plan says, directories and files are made in no other place than it says."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "victim")
+    stager = Stager(str(tmp_path), Ids(base=0, uid=0, gid=0, userns=-1), "")
+    with pytest.raises(MountError, match="symlink"):
+        stager.run([{"op": "directory", "at": "root/link/made/deep", "mode": 0o755, "owner": "root"}])
+    with pytest.raises(MountError, match="symlink"):
+        stager.run([{"op": "file", "at": "root/link/made", "text": "", "mode": 0o644}])
+    stager.run([{"op": "directory", "at": "root/a/b", "mode": 0o700, "owner": "root"}])
+    assert stat.S_IMODE((tmp_path / "root/a/b").stat().st_mode) == 0o700
+    assert os.listdir(tmp_path / "victim") == []
 
 
 def test_target_below_a_link_of_the_image(sandboxes: Sandboxes, shared: Path) -> None:

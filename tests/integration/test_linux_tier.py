@@ -2,13 +2,17 @@
 
 import os
 import re
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from boxes import Held, Plain, Sandboxes
 from ringfence.plan.config import MASKED, READ_ONLY
+from ringfence.runtime import base
+from ringfence.runtime.linux import spawn
 
 pytestmark = pytest.mark.requires("root", "compiler")
 
@@ -359,3 +363,18 @@ def test_mount_of_the_test_is_the_only_host_path(seen: dict[str, Plain], probes:
     """The one bind mount shows its own path below the file system's root and no other."""
     line = next(line for line in str(seen["mountinfo"]).splitlines() if " /probe " in line)
     assert line.split(" ")[3].endswith(probes.name)
+
+
+def test_a_runtime_that_never_ends_is_killed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it started, in bounded time: a start that has failed must not hang over it."""
+    monkeypatch.setattr(base, "PATIENCE_S", 0.3)
+    starting = spawn(["/bin/sh", "-c", "sleep 67 & echo $!; sleep 67"], (), runtime_dir=str(home))
+    started = time.monotonic()
+    assert starting.wait() == -signal.SIGKILL
+    assert 0.25 < time.monotonic() - started < 5
+    pid = int(starting.words())
+    starting.release()
+    until_gone = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid}") and "(sleep) Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < until_gone
+        time.sleep(0.01)

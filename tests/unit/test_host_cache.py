@@ -129,3 +129,8 @@ def test_the_hot_path_imports_nothing_heavy() -> None:
         check=True,
     )
     assert found.stdout == "[]\n"
+
+
+def test_the_key_reads_files_that_the_kernel_gives_page_by_page() -> None:
+    """The end of a long list, such as that of AppArmor's profiles, is part of the key too."""
+    assert len(cache._text("/proc/kallsyms")) > 1 << 16

@@ -86,6 +86,41 @@ def test_a_passed_check_counts_for_that_policy_alone(tmp_path: Path) -> None:
         rules.passed(images, asked, "a:1", DIGEST)
 
 
+def test_every_file_of_a_policy_json_counts(tmp_path: Path) -> None:
+    """Certificates and keys of a transparency log decide as much as a key does."""
+    names = ("keyPath", "caPath", "rekorPublicKeyPath", "caRootsPath", "a", "b")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    at = {name: str(tmp_path / name) for name in names}
+    document = {
+        "default": [{"type": "reject"}],
+        "transports": {
+            "docker": {
+                "x": [
+                    {"type": "signedBy", "keyPath": at["keyPath"]},
+                    {
+                        "type": "sigstoreSigned",
+                        "fulcio": {"caPath": at["caPath"], "oidcIssuer": "/no/path"},
+                        "rekorPublicKeyPath": at["rekorPublicKeyPath"],
+                        "pki": {"caRootsPath": at["caRootsPath"]},
+                        "keyPaths": [at["a"]],
+                        "rekorPublicKeyPaths": [at["b"]],
+                    },
+                ]
+            }
+        },
+    }
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(document))
+    assert rules.files(str(policy)) == (str(policy), *sorted(at.values()))
+    asked, images = of(signatures=str(policy)), str(tmp_path / "images")
+    for name in names:
+        rules.remember(images, asked, "a:1", DIGEST, registry=False)
+        assert rules.passed(images, asked, "a:1", DIGEST)
+        (tmp_path / name).write_text("another")
+        assert not rules.passed(images, asked, "a:1", DIGEST)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 10_000])
 def test_a_broken_policy_json_lets_nothing_pass(tmp_path: Path, text: str) -> None:
     """What cannot be read is no permission."""

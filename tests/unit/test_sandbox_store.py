@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.errors import SandboxError, UsageError
+from ringfence.errors import HostError, SandboxError, UsageError
 from ringfence.linux import paths
-from ringfence.sandbox import reap, store
+from ringfence.runtime.base import Instance
+from ringfence.sandbox import launch, reap, store
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +215,8 @@ def test_a_disk_that_does_not_take_it_leaves_nothing(home: Path, monkeypatch: py
 CHURN = """
 import os
 from ringfence.linux import paths
-from ringfence.sandbox import reap, store
+from ringfence.runtime.base import Instance
+from ringfence.sandbox import launch, reap, store
 paths.ROOT_RUN = os.environ["RINGFENCE_RUN_DIR"]
 for turn in range(40):
     entry = store.create()
@@ -235,3 +237,21 @@ def test_sweeping_at_the_same_time_as_others(home: Path) -> None:
     assert [worker.returncode for worker in workers] == [0] * 6, b"".join(said).decode()
     reap.sweep()
     assert names(home) == []
+
+
+def test_what_cannot_be_removed_is_not_held_either(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that goes on after a failure leaves the lock to `gc`, which may have more luck."""
+
+    def stuck(_: store.Entry) -> None:
+        raise HostError("processes do not die")
+
+    entry = store.create()
+    plan = {"cgroup": {}, "cgroup_limits": False}
+    instance = Instance(id=entry.id, directory=entry.directory, staging="", base=0, cgroup_path="")
+    running = launch.Running(plan, entry, instance, "")  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(reap, "discard", stuck)
+        with pytest.raises(HostError, match="do not die"):
+            running.close()
+    assert not entry.alive()
+    assert reap.sweep().ids == [entry.id]

@@ -153,6 +153,14 @@ def test_pax_overrides_the_header() -> None:
     assert (second.name, second.uid, second.xattrs) == (b"b", 0, {})
 
 
+def test_a_nul_in_a_name_is_refused_wherever_the_name_comes_from() -> None:
+    """The map of a file with holes names its file too, and no file system takes a NUL."""
+    sparse = [(b"GNU.sparse.map", b"0,1"), (b"GNU.sparse.size", b"1"), (b"GNU.sparse.name", b"a\0b")]
+    for records in (sparse, [(b"path", b"a\0b")], [(b"linkpath", b"a\0b")]):
+        with pytest.raises(ImageError, match="has a NUL byte"):
+            one(pax(records) + file(b"x", b"y"))
+
+
 def test_empty_pax_values_count_as_absent() -> None:
     """POSIX: a value of no bytes takes the record back."""
     entry = one(

@@ -6,7 +6,7 @@ import sys
 
 from ringfence.cli.terminal import RawTerminal, Signals, window
 from ringfence.sandbox import protocol
-from ringfence.sandbox.run import Pipes, deadline_s, finish, start_job
+from ringfence.sandbox.run import MOST_COLLECTED_BYTES, Pipes, deadline_s, finish, start_job
 from ringfence.sandbox.streams import Attendance, Budget, Collect, Forward, Source
 
 TYPE_CHECKING = False
@@ -60,7 +60,9 @@ class Job:
     def attend(self) -> int:
         """Carry the streams until the job ends, and return the exit status."""
         plan = self.running.plan
-        budget = Budget(plan["output_bytes"])
+        limit = plan["output_bytes"]
+        # As JSON it is kept in memory until the end, which no policy may mean to be without a limit.
+        budget = Budget(MOST_COLLECTED_BYTES if limit is None and self.args.json else limit)
         out: Sink = Collect() if self.args.json else Forward(1)
         err: Sink = Collect() if self.args.json else Forward(2)
         if self.args.tty:
@@ -160,8 +162,9 @@ def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
         size = f" of {limit / (1 << 20):g} MiB" if limit else ""
         print(f"ringfence: out of memory: limit{size} reached (limits.memory, --memory)", file=sys.stderr)
     if result.output_truncated:
+        limit = MOST_COLLECTED_BYTES if plan["output_bytes"] is None else plan["output_bytes"]
         print(
-            f"ringfence: output limit of {plan['output_bytes']} bytes reached, {budget.dropped_bytes} bytes dropped"
+            f"ringfence: output limit of {limit} bytes reached, {budget.dropped_bytes} bytes dropped"
             " (limits.output)",
             file=sys.stderr,
         )

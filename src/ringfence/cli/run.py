@@ -1,6 +1,7 @@
 """``ringfence run``: one command, in a fresh sandbox, under a policy, with a proof."""
 
 import os
+import stat
 import sys
 
 from ringfence.cli.flags import Flag, add_flags, quick
@@ -16,7 +17,7 @@ from ringfence.cli.options import (
     whole_command,
 )
 from ringfence.cli.terminal import Signals, fill_standard_streams
-from ringfence.errors import UsageError, one_line
+from ringfence.errors import SandboxError, UsageError, one_line
 from ringfence.sandbox import launch
 from ringfence.sandbox.prepare import plan_for
 
@@ -90,15 +91,19 @@ def _run(
     args: "argparse.Namespace", command: list[str], env: list[str], plan: "Plan", signals: Signals
 ) -> int:
     proof_file = _ProofFile(args.proof)
-    running = launch.prepare(
-        plan,
-        name=args.name,
-        argv=command,
-        detached=args.detach,
-        remove=args.rm or not args.detach,
-        env=env,
-        cwd=args.workdir,
-    )
+    try:
+        running = launch.prepare(
+            plan,
+            name=args.name,
+            argv=command,
+            detached=args.detach,
+            remove=args.rm or not args.detach,
+            env=env,
+            cwd=args.workdir,
+        )
+    except BaseException:
+        proof_file.drop()
+        raise
     keep = False
     try:
         launch.start(running, meanwhile=_load_the_rest)
@@ -113,11 +118,13 @@ def _run(
         print(f"ringfence: {one_line(str(error))}", file=sys.stderr)
         return error.status
     finally:
-        proof_file.write(running)
-        if keep:
-            running.let_go()
-        else:
-            running.close()
+        try:
+            if keep:
+                running.let_go()
+            else:
+                running.close()
+        finally:
+            proof_file.write(running)
 
 
 def _load_the_rest() -> None:
@@ -126,38 +133,70 @@ def _load_the_rest() -> None:
 
 
 class _ProofFile:
-    """Where the proof goes; opened before anything runs, so that a bad path is a refusal and not a loss."""
+    """Where the proof goes; opened before anything runs, so that a bad path is a refusal and not a loss.
+
+    Directory and file stay open: the job may be able to write there, and put a symlink to elsewhere in the way.
+    """
 
     def __init__(self, path: str | None) -> None:
         self.path = path
-        self.temporary = ""
         if path is None or path == "-":
             return
-        self.temporary = f"{path}.{os.getpid()}"
+        home, self.name = os.path.split(path)
+        self.temporary = f"{self.name}.{os.getpid()}"
         try:
-            os.close(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            self.home = os.open(home or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._check()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.file = os.open(self.temporary, flags, 0o644, dir_fd=self.home)
         except OSError as error:
             raise UsageError(f"cannot write the proof to {path!r}: {error.strerror}") from error
 
+    def _check(self) -> None:
+        """Refuse what is there and is no file: /dev/null would be one afterwards."""
+        try:
+            found = os.stat(self.name or ".", dir_fd=self.home, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"cannot write the proof to {self.path!r}: it is there and is no file")
+
     def write(self, running: "Running") -> None:
-        """Write what was proved, also when it does not hold."""
+        """Write what was proved, also when it does not hold. Raises SandboxError."""
         if self.path is None:
             return
-        if running.proof is None:
-            if self.temporary:
-                os.unlink(self.temporary)
-            return
         if self.path == "-":
-            from ringfence.proof.report import table
+            if running.proof is not None:
+                from ringfence.proof.report import table
 
-            print(table(running.proof), file=sys.stderr)
+                print(table(running.proof), file=sys.stderr)
             return
         import json
 
-        with open(self.temporary, "w", encoding="utf-8") as file:
+        with open(self.file, "w", encoding="utf-8") as file:
+            if not self._is_ours():
+                raise SandboxError(
+                    f"cannot write the proof to {self.path!r}: somebody has taken its file away meanwhile",
+                    hint="choose a directory that the job cannot write to",
+                )
+            if running.proof is None:
+                self.drop()
+                return
             json.dump(running.proof, file, indent=1)
             file.write("\n")
-        os.rename(self.temporary, self.path)
+        os.rename(self.temporary, self.name, src_dir_fd=self.home, dst_dir_fd=self.home)
+
+    def drop(self) -> None:
+        """Leave nothing: there is nothing to write."""
+        if self.path not in (None, "-"):
+            os.unlink(self.temporary, dir_fd=self.home)
+
+    def _is_ours(self) -> bool:
+        try:
+            found = os.stat(self.temporary, dir_fd=self.home, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self.file))
 
 
 def _check_name(name: str) -> None:

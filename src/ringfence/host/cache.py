@@ -124,7 +124,11 @@ def _text(path: str) -> str:
     except OSError:
         return ""
     try:
-        return os.read(fd, 16384).decode("utf-8", "replace")
+        text = b""
+        # A file of /proc or /sys gives a page at a time, and the list of AppArmor's profiles may be longer.
+        while len(text) < _MOST_BYTES >> 2 and (piece := os.read(fd, 16384)):
+            text += piece
+        return text.decode("utf-8", "replace")
     except OSError:
         return ""
     finally:

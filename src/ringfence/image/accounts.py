@@ -1,5 +1,6 @@
 """Who the USER of an image is: names are looked up in the image's own passwd and group, never in the host's."""
 
+import errno
 import os
 import stat
 
@@ -80,12 +81,13 @@ def _read(layer: str, path: str) -> bytes | None:
     try:
         resolve = libc.RESOLVE_IN_ROOT | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
         descriptor = libc.openat2(root, path, os.O_RDONLY | os.O_NONBLOCK, resolve)
-    except OSError:
-        return None
+    except OSError as error:
+        # ENXIO: a whiteout, which is a device that nothing drives. The file is deleted, whatever lies below.
+        return b"" if error.errno == errno.ENXIO else None
     finally:
         os.close(root)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a whiteout, for one
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return b""
         return os.read(descriptor, _MOST_BYTES)
     finally:

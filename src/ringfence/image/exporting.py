@@ -6,6 +6,7 @@ Source: https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 import hashlib
 import io
 import os
+import stat
 import tarfile
 
 import msgspec
@@ -146,9 +147,10 @@ def export_archive(state: str, record: "ImageRecord", path: str, tag: str) -> No
     """Write the image as the tar of an OCI layout; the same image and tag give the same bytes. Raises ImageError."""
     temporary = f"{path}.{os.getpid()}"
     try:
-        if os.path.isdir(path):
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            # Not only directories: a new file would take the place of /dev/null, too.
             raise ImageError(
-                f"{path} is a directory", hint="an oci-archive is a file; oci: writes a directory"
+                f"{path} is there and is no file", hint="an oci-archive is a file; oci: writes a directory"
             )
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:

@@ -1,12 +1,18 @@
-"""A sandbox's claim on its image: a shared flock on the image's record, as long as anything of the sandbox lives.
+"""A sandbox's claim on its image: a read lock on the image's record, as long as anything of the sandbox lives.
 
 The descriptor goes to the agent as its lock does, and the kernel drops the claim with the last of them, whatever
-killed it: a claim needs no directory of ours, and a user who runs root's image can make one too.
-On the way of every run: imports only `os` and `fcntl`.
+killed it: a claim needs no directory of ours, and a user who runs root's image can make one too. That user can make
+no other lock: unlike flock(2), an open file description lock that excludes others takes the right to write, so
+nobody who may only read a record can keep its owner from starting. Source: fcntl_locking(2).
+On the way of every run: imports only `os`, `fcntl` and `_struct`.
 """
 
 import fcntl
 import os
+from _struct import Struct
+
+# struct flock of fcntl(2) for the whole file: type, whence, start, length, pid.
+_FLOCK = Struct("@hhqqi4x")
 
 
 def hold(record_path: str) -> int:
@@ -15,7 +21,7 @@ def hold(record_path: str) -> int:
         descriptor = os.open(record_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return -1
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
     if os.fstat(descriptor).st_nlink == 0:  # removed between the two lines above
         os.close(descriptor)
         return -1
@@ -27,9 +33,9 @@ def take_away(record_path: str) -> int:
 
     Raises OSError when the record is not there.
     """
-    descriptor = os.open(record_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = os.open(record_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except BlockingIOError:
         os.close(descriptor)
         return -1

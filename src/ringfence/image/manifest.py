@@ -262,10 +262,10 @@ def read_configuration(data: bytes, manifest: Manifest) -> Configuration:
         platform=Platform("linux", found.architecture or host_platform().architecture, found.variant or ""),
         diff_ids=diff_ids,
         run=_run_config(found.config or _RunJson(), manifest.config.digest),
-        created=found.created or "",
+        created=_time(found.created),
         history=tuple(
             HistoryEntry(
-                step.created or "", step.created_by or "", step.comment or "", bool(step.empty_layer)
+                _time(step.created), step.created_by or "", step.comment or "", bool(step.empty_layer)
             )
             for step in found.history or ()
         ),
@@ -294,3 +294,8 @@ def _words(value: list[str] | str | None) -> tuple[str, ...]:
     if isinstance(value, str):
         return ("/bin/sh", "-c", value) if value else ()
     return tuple(value or ())
+
+
+def _time(text: str | None) -> str:
+    """Return an RFC 3339 time, "" for none and for the zero time that some tools write instead."""
+    return "" if text is None or text.startswith("0001-01-01") else text

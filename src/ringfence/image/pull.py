@@ -316,7 +316,10 @@ def _sweep(state: str) -> None:
     """Remove what killed pulls left; the caller holds the lock of the store. Raises OSError."""
     home = store.images_dir(state)
     for path in [os.path.join(home, entry) for entry in os.listdir(home) if entry.startswith(_PLACE)]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # whoever was at work there has done
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_tree(path)

@@ -81,9 +81,9 @@ def _list(allowed: tuple[str, ...]) -> str:
 
 
 def files(signatures: str) -> tuple[str, ...]:
-    """Return the absolute paths of the policy.json `signatures` and of the keys it names. Raises ImageError.
+    """Return the absolute paths of the policy.json `signatures` and of the files it names. Raises ImageError.
 
-    Source: containers-policy.json(5), keyPath and keyPaths.
+    Source: containers-policy.json(5): keyPath, keyPaths, rekorPublicKeyPath, caPath, caRootsPath and the like.
     """
     import msgspec
 
@@ -101,7 +101,13 @@ def _keys(value: object) -> list[str]:
         return [path for child in value for path in _keys(child)]
     if not isinstance(value, dict):
         return []
-    own = [value.get("keyPath"), *(value["keyPaths"] if isinstance(value.get("keyPaths"), list) else ())]
+    own = [path for key, path in value.items() if key.endswith("Path")]
+    own += [
+        path
+        for key, paths in value.items()
+        if key.endswith("Paths") and isinstance(paths, list)
+        for path in paths
+    ]
     return [path for path in own if isinstance(path, str)] + _keys(list(value.values()))
 
 
@@ -146,7 +152,7 @@ def remember(images: str, rules: "Rules", name: str, digest: str, *, registry: b
 
 
 def _mark(images: str, name: str, digest: str, signatures: str = "") -> str:
-    """Return the path whose existence says it; the contents of policy.json and of its keys are part of it."""
+    """Return the path whose existence says it; the contents of policy.json and of the files it names are part of it."""
     import hashlib
 
     found = hashlib.sha256()

@@ -2,7 +2,7 @@
 
 images/blobs/sha256/HEX            manifests, configurations, layers as transported: named by their digest
 images/layers/sha256-HEX/fs/       one unpacked layer, HEX its diff_id
-images/images/sha256-HEX.json      the record of the manifest HEX; a sandbox of it holds a shared flock on this file
+images/images/sha256-HEX.json      the record of the manifest HEX; a sandbox of it holds a read lock on this file
 images/refs/NAME                   a symlink to a record, NAME percent-encoded
 images/disks/                      read-only disk images
 images/verified/                   which images were fetched under which policy for signatures: see rules.py
@@ -59,7 +59,7 @@ def layer_path(state: str, diff_id: str) -> str:
 
 
 def record_path(state: str, digest: str) -> str:
-    """Return where the record of the manifest `digest` lies; sandboxes of the image hold a shared flock on it."""
+    """Return where the record of the manifest `digest` lies; sandboxes of the image hold a read lock on it."""
     return images_dir(state, "images", f"sha256-{_hex(digest)}.json")
 
 

@@ -154,8 +154,6 @@ def _entry(header: bytes, extended: _Extended, stream: "Stream", header_bytes: i
     link = extended.link or records.get(b"linkpath") or _text(header[157:257])
     entry = Entry(name, kind, link)
     try:
-        if b"\0" in name or b"\0" in link:
-            raise ImageError("its name or target has a NUL byte")
         if kind in _FILES:
             entry.kind = DIRECTORY if kind == _OLD_FILE and name.endswith(b"/") else FILE
         elif kind not in _KINDS:
@@ -168,6 +166,10 @@ def _entry(header: bytes, extended: _Extended, stream: "Stream", header_bytes: i
             given = records.get(b"size")
             entry.size = entry.stored = _decimal(given, "size") if given else _number(header[124:136], "size")
             _find_holes(entry, header, extended, stream, header_bytes)
+        if (
+            b"\0" in entry.name or b"\0" in link
+        ):  # the map of a file with holes may have given it another name
+            raise ImageError("its name or target has a NUL byte")
         if records:
             for key, value in records.items():
                 if key.startswith(_XATTR):

@@ -89,7 +89,7 @@ def make_plan(
         "user": {"uid": user[0], "gid": user[1], "range_size": range_size},
         "entrypoint": list(workload.start.entrypoint),
         "command": list(workload.start.command),
-        "env": [*workload.env, f"HOME={WORK}"],
+        "env": [f"HOME={WORK}", *workload.env],
         "cwd": workload.start.cwd or WORK,
         "stop_signal": workload.start.stop_signal,
         "time_s": policy.limits.time_s,

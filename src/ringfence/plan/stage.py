@@ -7,6 +7,7 @@ the namespace dies with its last process.
 
 from ringfence.errors import MountError
 from ringfence.host.facts import Host
+from ringfence.host.sources import Source
 from ringfence.plan.document import Bind, Control, Directory, Op
 from ringfence.plan.workload import Workload
 from ringfence.policy.model import Policy
@@ -194,7 +195,7 @@ def _writable(policy: Policy, workload: Workload) -> list[Op]:
 
 
 def _volumes(policy: Policy, workload: Workload) -> tuple[str, ...]:
-    """Return the image's volumes that are directories of their own; a writable root has no need of any."""
+    """Return the image's volumes that get a directory of their own; a writable root has no need of any."""
     if policy.filesystem.root == "writable":
         return ()
     found: list[str] = []
@@ -210,7 +211,12 @@ def _volumes(policy: Policy, workload: Workload) -> tuple[str, ...]:
         plain = "/" + "/".join(part for part in parts if part)
         if plain not in (WORK, "/tmp") and not _under_tmpfs(plain) and plain not in found:
             found.append(plain)
-    return tuple(sorted(found))
+    # One inside another is a directory that the job can make; one around a mount of the policy gives way to it.
+    kept = [path for path in found if not any(path.startswith(f"{other}/") for other in found)]
+    targets = [mount.target for mount in policy.filesystem.mounts]
+    return tuple(
+        sorted(path for path in kept if not any(target.startswith(f"{path}/") for target in targets))
+    )
 
 
 def _binds(workload: Workload, *, rootless: bool) -> list[Op]:
@@ -220,11 +226,16 @@ def _binds(workload: Workload, *, rootless: bool) -> list[Op]:
     for source in sorted(workload.sources, key=lambda source: source.target.count("/")):
         if source.kind == "device":
             continue  # the runtime binds device nodes, after it has made /dev
-        if _under_tmpfs(source.target):
+        # In a mount around it nothing of ours is made: that is a directory of the host's, and a job may have filled it.
+        if _under_tmpfs(source.target) and not _inside_another(source, workload):
             ops += _mount_point("root", source.target, source.kind)
         bind = _bind(source.source, source.target, ids="none" if rootless else "owner")
         ops.append({**bind, "kind": source.kind, "read_only": source.read_only})
     return ops
+
+
+def _inside_another(source: Source, workload: Workload) -> bool:
+    return any(source.target.startswith(f"{other.target}/") for other in workload.sources)
 
 
 def _bind(source: str, target: str, *, ids: str) -> Bind:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
             ...
 
 
+# A runtime has some milliseconds of work left once its agent runs, or it has failed.
+PATIENCE_S = 10.0
+_SIGKILL = 9
+
+
 class Instance:
     """What differs from one sandbox of a plan to the next.
 
@@ -59,15 +64,31 @@ class Starting:
         self._said = -1
 
     def wait(self) -> int:
-        """Wait for the runtime to end and return its exit status; negative for a signal. Idempotent."""
+        """Wait for the runtime to end and return its exit status; negative for a signal. Idempotent.
+
+        One that has not ended after `PATIENCE_S` seconds never will: it is killed, with all of its session.
+        """
         if self.status is None:
             try:
+                if not self._ended():
+                    os.killpg(self.pid, _SIGKILL)
                 _, status = os.waitpid(self.pid, 0)
-            except ChildProcessError:  # somebody in this process reaps everything
+            except (ChildProcessError, ProcessLookupError):  # somebody in this process reaps everything
                 self.status = 0
             else:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status
+
+    def _ended(self) -> bool:
+        import select
+
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            return bool(poll.poll(PATIENCE_S * 1000))
+        finally:
+            os.close(pidfd)
 
     def words(self, most_bytes: int = 2000) -> str:
         """Return the last of what the runtime said, for an error message; once, before `release`."""

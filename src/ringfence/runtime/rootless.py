@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 _FIRST = 3
 _MOST_BYTES = 8 << 20
 _TIMEOUT_MS = 20_000
-# runc calls a cgroup that it may not make an error unless it is told that nobody expects one.
-_OPTIONS = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=disabled",)}
+# Where the caller may make no cgroup: runc calls that an error unless it is told that nobody expects one.
+_WITHOUT_CGROUP = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=disabled",)}
+# In a delegated v2 subtree: plain files, no systemd.
+_WITH_CGROUP = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=cgroupfs",)}
 
 
 def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
@@ -141,7 +143,8 @@ def _child(count: int) -> None:
     ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
     Stager(instance.staging, ids, agent).run(plan["stage"])
     write_config(plan, instance, root=f"{instance.staging}/root", userns="")
-    argv = command(plan, instance, preserve=count, options=_OPTIONS[plan["runtime"]["name"]])
+    options = (_WITH_CGROUP if plan["cgroup_limits"] else _WITHOUT_CGROUP)[plan["runtime"]["name"]]
+    argv = command(plan, instance, preserve=count, options=options)
     os.execve(argv[0], argv, dict(os.environ))
 
 

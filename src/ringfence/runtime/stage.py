@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ringfence.plan.document import Bind, Op, Overlay, Owner
 
 _MOST_BYTES = 1 << 20
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_RULES = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
 _KINDS = {
     "directory": stat.S_IFDIR,
     "file": stat.S_IFREG,
@@ -67,7 +69,7 @@ class Stager:
 
     def _one(self, op: Op) -> None:
         if op["op"] == "directory":
-            self._directories(op["at"], op["mode"], op["owner"])
+            self._directory(op["at"], op["mode"], op["owner"])
         elif op["op"] == "file":
             self._file(op["at"], op["text"].encode(), op["mode"])
         elif op["op"] == "host-file":
@@ -87,24 +89,47 @@ class Stager:
         else:
             libc.detach(op["path"])
 
-    def _directories(self, at: str, mode: int, owner: Owner) -> None:
-        path = ""
-        parts = at.split("/")
-        for index, part in enumerate(parts):
-            path = f"{path}/{part}" if path else part
-            try:
-                os.mkdir(path, mode)
-            except FileExistsError:
-                continue
-            last = index == len(parts) - 1
-            os.chmod(path, mode if last else 0o755)
-            os.chown(path, *self.ids.of(owner if last else "root"))
+    def _directory(self, at: str, mode: int, owner: Owner) -> None:
+        home, _, name = at.rpartition("/")
+        parent = self._opened(home)
+        try:
+            self._make(parent, name, mode, owner)
+        finally:
+            os.close(parent)
+
+    def _opened(self, at: str) -> int:
+        """Return the directory `at`, made with those above it if need be, and reached through no symlink."""
+        here = os.open(".", _DIRECTORY)
+        try:
+            for part in filter(None, at.split("/")):
+                self._make(here, part, 0o755, "root")
+                here, above = libc.openat2(here, part, _DIRECTORY, _RULES), here
+                os.close(above)
+        except BaseException:
+            os.close(here)
+            raise
+        return here
+
+    def _make(self, parent: int, name: str, mode: int, owner: Owner) -> None:
+        try:
+            os.mkdir(name, mode, dir_fd=parent)
+        except FileExistsError:
+            return
+        made = libc.openat2(parent, name, _DIRECTORY, _RULES)
+        try:
+            os.fchmod(made, mode)
+            os.fchown(made, *self.ids.of(owner))
+        finally:
+            os.close(made)
 
     def _file(self, at: str, data: bytes, mode: int) -> None:
-        if "/" in at:
-            self._directories(at.rpartition("/")[0], 0o755, "root")
+        home, _, name = at.rpartition("/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(at, flags, mode)
+        parent = self._opened(home)
+        try:
+            fd = os.open(name, flags, mode, dir_fd=parent)
+        finally:
+            os.close(parent)
         try:
             while data:
                 data = data[os.write(fd, data) :]

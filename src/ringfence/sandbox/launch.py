@@ -166,13 +166,16 @@ class Running:
         if self.starting is not None:
             self.starting.wait()
             self.starting.release()
-        self.kill()
-        for fd in (self.pidfd, self.pty, self.image_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.pidfd = self.pty = self.image_fd = -1
-        reap.discard(self.entry)
-        self.entry.unlock()
+        try:
+            self.kill()
+            reap.discard(self.entry)
+        finally:
+            for fd in (self.pidfd, self.pty, self.image_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self.pidfd = self.pty = self.image_fd = -1
+            # Also of what could not be killed: as long as it is held, nobody else tries again.
+            self.entry.unlock()
 
     def let_go(self) -> None:
         """Leave the sandbox to itself (detached)."""
@@ -254,7 +257,7 @@ def _reserve(
                 "isolation": plan["isolation"],
                 "runtime": plan["runtime"]["name"],
                 "time_s": plan["time_s"],
-                "env": _bounded(merged_env(plan["env"], env)),
+                "env": _bounded(merged_env(plan["env"], env), plan["env"]),
                 "cwd": cwd or plan["cwd"],
                 "detached": detached,
                 "remove": remove,
@@ -289,9 +292,9 @@ def _held(image: ImageChoice) -> int:
     return descriptor
 
 
-def _bounded(env: list[str]) -> list[str]:
+def _bounded(env: list[str], image: list[str]) -> list[str]:
     """Return `env` if a record has room for it; without it `exec` starts from the image's alone."""
-    return env if sum(map(len, env)) <= _MOST_ENV_CHARACTERS else []
+    return env if sum(map(len, env)) <= _MOST_ENV_CHARACTERS else image
 
 
 def start(running: Running, *, meanwhile: Callable[[], object] | None = None) -> None:
@@ -302,6 +305,9 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
     """
     from ringfence.runtime.linux import start as start_linux
 
+    if running.plan["rootless"] and running.cgroup is not None:
+        # The controllers have to be switched on on the way down, and we have to step aside: only we can do that.
+        running.cgroup.create()
     ours, theirs = _socket_pair()
     listener = _listener(running.entry.path("control.sock"))
     try:

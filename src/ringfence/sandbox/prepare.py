@@ -42,7 +42,11 @@ if TYPE_CHECKING:
 _MOST_PLANS = 512
 _MOST_BYTES = 4 << 20
 _CHECKSUM_BYTES = 16
-_ROOMS = ("cgroup", "host", "image", "plan", "policy", "policy/presets")
+# Fields, beside the limits, whose values are never paths.
+_NO_PATHS = frozenset(
+    ("isolation", "user", "network.mode", "filesystem.root", "filesystem.tmp", "no_new_privileges", "lsm")
+)
+_ROOMS = ("cgroup", "host", "image", "linux", "plan", "policy", "policy/presets")
 
 
 class Silent:
@@ -123,8 +127,8 @@ def plan_for(request: Request) -> Plan:
     path = f"{home}/{_key(request, image)}"
     plan = _cached(path)
     if plan is None:
-        plan, depends = make(request, image)
-        _keep(path, plan, depends)
+        plan, depends, image = make(request, image)
+        _keep(f"{home}/{_key(request, image)}", plan, depends)
     return plan
 
 
@@ -176,8 +180,11 @@ def policy_for(request: Request) -> Policy:
     return override(policy, fields) if fields else policy
 
 
-def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
-    """Make the plan, and say which paths it depends on: {path: what `_look` says of it}."""
+def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
+    """Make the plan, and say which paths it depends on, {path: what `_look` said of it}, and which image it is of.
+
+    That may be another one than `image`, of the same name: one that was fetched because the policy wanted it so.
+    """
     from ringfence.errors import PolicyError, UsageError
     from ringfence.host.cache import detect_cached
     from ringfence.host.enforce import FIELDS
@@ -186,6 +193,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
     from ringfence.plan.make import make_plan
     from ringfence.plan.workload import Workload
     from ringfence.policy.load import files_of
+    from ringfence.policy.paths import RUNTIME_SOCKETS
 
     for field in request.allow_unenforced:
         if field not in FIELDS:
@@ -196,21 +204,27 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
                 f"--allow-unenforced {field!r} is not a policy field",
                 hint=f"did you mean {near[0]!r}?" if near else "'ringfence doctor --matrix' lists them",
             )
+    # Each is looked at before it is read: what changes in between makes the kept plan useless and not wrong.
+    depends = {path: _look(path) for path in files_of(request.policy)}
     policy = policy_for(request)
-    depends = list(files_of(request.policy))
     moby = None
     if policy.seccomp not in ("default", "strict"):
-        depends.append(policy.seccomp)
+        depends[policy.seccomp] = _look(policy.seccomp)
         moby = _profile(policy.seccomp)
         if moby is None:
             raise PolicyError(f"cannot read the seccomp profile {policy.seccomp!r}", hint="correct the path")
     if policy.image.signatures is not None:
         from ringfence.image.rules import files
 
-        depends += files(policy.image.signatures)
+        depends |= {path: _look(path) for path in files(policy.image.signatures)}
+    given = [mount.source for mount in policy.filesystem.mounts]
+    given += [device.partition(":")[0] for device in policy.devices]
+    # A directory in which such a socket turns up is one that a policy may not show any more.
+    given += [f"{mount.source}/{name}" for mount in policy.filesystem.mounts for name in RUNTIME_SOCKETS]
+    depends |= {path: _look(path) for path in given}
     sources = resolve_sources(policy, own=(state_dir(), run_dir()))
-    depends += [source.given for source in sources]
-    layers, env, start = _contents(request, image, policy)
+    image = _allowed(request, image, policy)
+    layers, env, start = _contents(image, policy)
     disks, unknown = disks_below(
         [*(layers or ("/usr",)), *(source.source for source in sources if source.kind != "device")]
     )
@@ -234,34 +248,45 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str]]:
         runtime=request.runtime or None,
         allow_unenforced=frozenset(request.allow_unenforced),
     )
-    return plan, {path: _look(path) for path in depends}
+    return plan, depends, image
 
 
-def _contents(
-    request: Request, image: Image, policy: Policy
-) -> tuple[tuple[str, ...], tuple[str, ...], Start]:
-    """Return the root directories of the image's layers, the environment it gives, and how it wants to start."""
+def _allowed(request: Request, image: Image, policy: Policy) -> Image:
+    """Return the image that the policy's rules and the platform let in: `image`, or one fetched in its place."""
     from ringfence.image import rules
+
+    if image.kind != "store":
+        rules.check(policy.image, None, shown=image.name, local=True)
+        return image
+    from ringfence.image.pull import ensure
+    from ringfence.image.reference import parse
+
+    while True:
+        how = "missing" if request.pull != "never" and image.state == state_dir() else "never"
+        ensure(
+            image.state,
+            parse(request.image or "base"),
+            how=how,
+            rules_of=policy.image,
+            platform=request.platform,
+        )
+        # What was checked is whatever has the name: if that is another image now, `image` was not.
+        found = find(request.image, None, state_dir=state_dir())
+        if (found.digest, found.state) == (image.digest, image.state):
+            return found
+        image = found
+
+
+def _contents(image: Image, policy: Policy) -> tuple[tuple[str, ...], tuple[str, ...], Start]:
+    """Return the root directories of the image's layers, the environment it gives, and how it wants to start."""
     from ringfence.image.model import ENV
     from ringfence.plan.workload import Start
 
     if image.kind != "store":
-        rules.check(policy.image, None, shown=image.name, local=True)
         return ((image.path,) if image.kind == "rootfs" else (), ENV, Start())
     from ringfence.image.accounts import image_user
-    from ringfence.image.pull import ensure
-    from ringfence.image.reference import parse
     from ringfence.image.store import layer_path, read_record
 
-    # It is here; this is the policy's rules, the platform, and whether it was fetched under those signatures.
-    how = "missing" if request.pull != "never" and image.state == state_dir() else "never"
-    ensure(
-        image.state,
-        parse(request.image or "base"),
-        how=how,
-        rules_of=policy.image,
-        platform=request.platform,
-    )
     record = read_record(image.state, image.digest)
     if len(record.layers) > 1 and os.geteuid() != 0 and image.state != state_dir():
         raise ImageError(
@@ -345,8 +370,17 @@ def _key(request: Request, image: Image) -> str:
         request.sysctls,
         request.runtime,
         request.allow_unenforced,
+        os.getcwd() if _names_paths(request) else "",
     ]
     return blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+
+
+def _names_paths(request: Request) -> bool:
+    """Say whether a field that was given may hold a path, which starts at the working directory if it is relative."""
+    mounts = request.additions.get("filesystem.mounts", ())
+    return any(
+        not key.startswith("limits.") and key not in _NO_PATHS for key in request.overrides
+    ) or not all(isinstance(mount, dict) and str(mount.get("source")).startswith("/") for mount in mounts)
 
 
 def _code() -> str:
@@ -370,7 +404,8 @@ def _look(path: str) -> str:
         return f"{real} missing"
     if os.path.isdir(real):  # a mounted directory may change its content, but not become another one
         return f"{real} {found.st_dev} {found.st_ino} {found.st_uid} {found.st_gid}"
-    return f"{real} {found.st_dev} {found.st_ino} {found.st_mode} {found.st_size} {found.st_mtime_ns}"
+    times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+    return f"{real} {found.st_dev} {found.st_ino} {found.st_mode} {found.st_size} {times}"
 
 
 def _cached(path: str) -> Plan | None:

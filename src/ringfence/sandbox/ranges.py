@@ -80,7 +80,12 @@ def _home(*, rootless: bool) -> str:
     run = paths.run_dir() if rootless else paths.ROOT_RUN
     path = f"{run}/ranges"
     try:
-        os.makedirs(path, 0o711, exist_ok=True)
+        for directory in (run, path):  # one by one: makedirs gives those above whatever the umask leaves
+            try:
+                os.mkdir(directory, 0o711)
+                os.chmod(directory, 0o711)  # noqa: S103 - sandboxes' users pass through it
+            except FileExistsError:
+                continue
         found = os.lstat(path)
     except OSError as error:
         raise SandboxError(f"cannot make {path}: {error.strerror}", hint="see 'ringfence doctor'") from error

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Text = str | bytes
 
 # What no reader can hold: the output of a policy without a limit is not collected beyond this.
-_MOST_COLLECTED_BYTES = 1 << 30
+MOST_COLLECTED_BYTES = 1 << 30
 TIMED_OUT = 124
 KILLED = 128
 
@@ -96,7 +96,7 @@ def _captured(
     out, err = Collect(), Collect()
     plan = running.plan
     limit = plan["output_bytes"]
-    budget = Budget(_MOST_COLLECTED_BYTES if limit is None else limit)
+    budget = Budget(MOST_COLLECTED_BYTES if limit is None else limit)
     try:
         start_job(running, argv, env, cwd, pipes.theirs)
         pipes.close_theirs()

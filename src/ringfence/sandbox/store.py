@@ -168,7 +168,7 @@ def create() -> Entry:
     sandbox_id = os.urandom(6).hex()
     # Under another name until it is locked: whoever cleans up takes an unlocked one for dead.
     new, final = f"{home}/{_NEW}{sandbox_id}", f"{home}/{sandbox_id}"
-    guard = _guard(home)
+    guard, fd = _guard(home), -1
     try:
         fcntl.flock(guard, fcntl.LOCK_SH)
         os.mkdir(new, 0o700)
@@ -176,6 +176,8 @@ def create() -> Entry:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.rename(new, final)
     except OSError as error:
+        if fd >= 0:
+            os.close(fd)
         remove_tree(new)
         raise SandboxError(f"cannot make {final}: {error.strerror}", hint=NO_ROOM) from error
     finally:
