@@ -26,7 +26,7 @@ from ringfence.linux import libc
 from ringfence.linux.paths import state_dir
 from ringfence.linux.userns import make_userns
 from ringfence.plan.document import Plan
-from ringfence.runtime.linux import agent_path
+from ringfence.runtime.spawn import agent_path
 from ringfence.runtime.stage import Ids, Stager
 from ringfence.sandbox import launch
 from ringfence.sandbox.prepare import Request, plan_for

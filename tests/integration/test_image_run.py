@@ -19,7 +19,7 @@ from ringfence.errors import ImageError, UsageError
 from ringfence.image import store
 from ringfence.image.hold import hold
 from ringfence.image.manifest import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from ringfence.image.publish import add_blob
+from ringfence.image.publish import add_blob, publish
 from ringfence.image.removal import remove
 from ringfence.linux.paths import state_dir
 
@@ -80,7 +80,7 @@ def image(state: str, name: str, upper: Sequence[Entry] = UPPER, **config: objec
     manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": reference, "layers": described}
     digest = add_blob(state, json.dumps(manifest).encode())
     with store.working(state):
-        return store.publish(state, name, digest, source="test").digest
+        return publish(state, name, digest, source="test").digest
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def state() -> Iterator[str]:
             for digest in record.blobs():
                 os.link(store.blob_path(real, digest), store.blob_path(mine, digest))
             with store.working(mine):
-                store.publish(mine, "base:latest", record.digest, source="test")
+                publish(mine, "base:latest", record.digest, source="test")
             yield mine
 
 

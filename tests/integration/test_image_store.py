@@ -24,7 +24,7 @@ from ringfence.image import store
 from ringfence.image.compare import differences
 from ringfence.image.hold import hold, take_away
 from ringfence.image.importing import import_directory, import_tar
-from ringfence.image.publish import BrokenBlob
+from ringfence.image.publish import BrokenBlob, publish
 from ringfence.image.removal import prune, remove
 from ringfence.image.verifying import verify
 
@@ -336,7 +336,7 @@ def test_a_broken_blob_is_never_believed(state: Path, image: str, tree: Path) ->
         os.unlink(store.record_path(str(state), image))
         blob.write_bytes(broken)
         with store.working(str(state)), pytest.raises(BrokenBlob):
-            store.publish(str(state), "mine:2", image, source="test")
+            publish(str(state), "mine:2", image, source="test")
         assert not blob.exists()
         assert import_directory(str(state), str(tree), "mine:1").digest == image
 

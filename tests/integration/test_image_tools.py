@@ -216,7 +216,7 @@ def test_an_export_never_ruins_what_is_there_and_never_writes_a_broken_blob(
 def layers_image(state: Path, layers: Sequence[Sequence[tuple[str, bytes, bytes]]]) -> ImageRecord:
     """An image of several layers, each of (name, type, content) entries, put into the store by hand."""
     from ringfence.image.manifest import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-    from ringfence.image.publish import add_blob
+    from ringfence.image.publish import add_blob, publish
 
     store.make_store(str(state))
     described, diff_ids = [], []
@@ -237,7 +237,7 @@ def layers_image(state: Path, layers: Sequence[Sequence[tuple[str, bytes, bytes]
     manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": about, "layers": described}
     digest = add_blob(str(state), json.dumps(manifest).encode())
     with store.working(str(state)):
-        return store.publish(str(state), "layers:1", digest, source="test", platform="linux/amd64")
+        return publish(str(state), "layers:1", digest, source="test", platform="linux/amd64")
 
 
 D, F = tarfile.DIRTYPE, tarfile.REGTYPE

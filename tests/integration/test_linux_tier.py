@@ -12,7 +12,7 @@ import pytest
 from boxes import Held, Plain, Sandboxes
 from ringfence.plan.config import MASKED, READ_ONLY
 from ringfence.runtime import base
-from ringfence.runtime.linux import spawn
+from ringfence.runtime.spawn import spawn
 
 pytestmark = pytest.mark.requires("root", "compiler")
 

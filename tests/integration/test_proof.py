@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from weakenings import ELSEWHERE, TABLE, operation
 
+import ringfence.runtime.bundle as runtime_bundle
 import ringfence.runtime.linux as runtime_linux
 from boxes import UNTHROTTLED, Sandboxes, bind
 from ringfence.errors import ProofError
@@ -93,7 +94,7 @@ def test_weakened_control_is_seen(
     if weakening.plan is not None:
         weakening.plan(plan)
     if weakening.config is not None:
-        monkeypatch.setattr(runtime_linux, "instantiate", changed(weakening.config))
+        monkeypatch.setattr(runtime_bundle, "instantiate", changed(weakening.config))
     if weakening.maps:
         monkeypatch.setattr(runtime_linux, "make_userns", with_smaller_map(runtime_linux.make_userns))
     seen: list[launch.Running] = []
@@ -115,7 +116,7 @@ def test_weakened_control_is_seen(
 
 
 def changed(change: Callable[[dict[str, object]], object]) -> Callable[..., object]:
-    real = runtime_linux.instantiate
+    real = runtime_bundle.instantiate
 
     def instantiate(*args: object, **kwargs: object) -> object:
         config = real(*args, **kwargs)  # type: ignore[arg-type]

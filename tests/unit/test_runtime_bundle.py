@@ -13,8 +13,7 @@ from ringfence.plan.config import BY_RUN
 from ringfence.plan.document import Plan
 from ringfence.plan.make import make_plan
 from ringfence.runtime.base import Instance
-from ringfence.runtime.bundle import instantiate
-from ringfence.runtime.linux import command, write_config
+from ringfence.runtime.bundle import command, instantiate, write_config
 from ringfence.runtime.rootless import ranges
 
 PLANS: dict[str, Plan] = {

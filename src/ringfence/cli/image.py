@@ -1,7 +1,5 @@
 """``ringfence image``: bring images here, look at them, check them, remove them."""
 
-import sys
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -28,20 +26,6 @@ def main(argv: list[str]) -> int:
         from ringfence.cli import image_store as verbs  # type: ignore[no-redef]
     status: int = getattr(verbs, f"{args.command}_")(args)
     return status
-
-
-def say(step: str) -> None:
-    """Tell a person what is going on."""
-    from ringfence.errors import one_line
-
-    print(f"image: {one_line(step)}", file=sys.stderr, flush=True)
-
-
-def print_json(value: object) -> None:
-    """Print `value`, plain data or msgspec Structs, as JSON for people and programs."""
-    import msgspec
-
-    print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
 def _parser() -> "argparse.ArgumentParser":

@@ -2,7 +2,7 @@
 
 import os
 
-from ringfence.cli.image import print_json, say
+from ringfence.cli.tell import print_json, say
 from ringfence.errors import ImageError, UsageError
 from ringfence.image import store
 from ringfence.image.reference import canonical, parse

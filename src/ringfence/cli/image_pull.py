@@ -76,7 +76,7 @@ def _rules(policy: str) -> "ImageRules":
 
 def _report(name: str, record: "ImageRecord", *, as_json: bool, say: "Callable[[str], None]") -> None:
     if as_json:
-        from ringfence.cli.image import print_json
+        from ringfence.cli.tell import print_json
 
         print_json(record)
         return
@@ -99,7 +99,7 @@ class Teller:
 
     def say(self, step: str) -> None:
         """Tell one step."""
-        from ringfence.cli.image import say
+        from ringfence.cli.tell import say
 
         self.close()
         if not self._quiet:

@@ -54,7 +54,8 @@ class Job:
             self._start((log,), protocol.DETACH | (protocol.TTY if self.args.tty else 0))
         finally:
             os.close(log)
-        print(self.running.entry.id)
+        # Now: a job that nobody was told the id of must not live on.
+        print(self.running.entry.id, flush=True)
         return True
 
     def attend(self) -> int:

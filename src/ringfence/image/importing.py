@@ -12,7 +12,7 @@ from ringfence.errors import ImageError
 from ringfence.image import store
 from ringfence.image.manifest import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, host_platform, parse_platform
 from ringfence.image.model import PATH
-from ringfence.image.publish import add_blob
+from ringfence.image.publish import add_blob, publish
 from ringfence.image.removal import forget_blobs
 from ringfence.image.tarball import write_tree
 
@@ -198,9 +198,7 @@ class Making:
         blob = {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size_bytes}
         manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": about, "layers": [blob]}
         digest = str(self._descriptor(OCI_MANIFEST, manifest)["digest"])
-        return store.publish(
-            self._state, name, digest, source=source, platform=str(where), shared=shared, say=say
-        )
+        return publish(self._state, name, digest, source=source, platform=str(where), shared=shared, say=say)
 
     def _descriptor(self, media_type: str, document: object) -> dict[str, object]:
         data = msgspec.json.encode(document)

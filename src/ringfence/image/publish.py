@@ -37,9 +37,9 @@ def publish(
     manifest_digest: str,
     *,
     source: str,
-    platform: str,
-    shared: bool,
-    say: "Callable[[str], None]",
+    platform: str = "",
+    shared: bool = False,
+    say: "Callable[[str], None]" = lambda _: None,
 ) -> ImageRecord:
     """Make the image whose blobs lie in the store runnable under the canonical `name` ("": without one).
 

@@ -262,22 +262,3 @@ def set_name(state: str, name: str, digest: str) -> None:
 def now() -> str:
     """Return the time in UTC as RFC 3339 writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def publish(
-    state: str,
-    name: str,
-    manifest_digest: str,
-    *,
-    source: str,
-    platform: str = "",
-    shared: bool = False,
-    say: "Callable[[str], None]" = lambda _: None,
-) -> ImageRecord:
-    """Make the image whose blobs lie in the store runnable under the canonical `name`; return its record.
-
-    See ringfence.image.publish, which does it. The caller is inside `working`.
-    """
-    from ringfence.image.publish import publish as really
-
-    return really(state, name, manifest_digest, source=source, platform=platform, shared=shared, say=say)

@@ -1,6 +1,11 @@
-"""From a plan to the ``config.json`` of one sandbox."""
+"""From a plan to the ``config.json`` of one sandbox, and to the command line that runs it."""
 
 from __future__ import annotations
+
+import os
+
+from ringfence.errors import HostError
+from ringfence.plainjson import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,3 +36,40 @@ def instantiate(plan: Plan, instance: Instance, *, root: str, userns: str) -> Oc
             "cgroupsPath": instance.cgroup_path,
         },
     }
+
+
+def write_config(plan: Plan, instance: Instance, *, root: str, userns: str) -> None:
+    """Write the bundle's config.json. Raises HostError when the disk does not take it."""
+    oci = instantiate(plan, instance, root=root, userns=userns)
+    path = f"{instance.directory}/config.json"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+        try:
+            data = memoryview(dumps(oci).encode())
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise HostError(
+            f"cannot write {path}: {error.strerror}",
+            hint="free some space there, or set RINGFENCE_RUN_DIR",
+        ) from error
+
+
+def command(plan: Plan, instance: Instance, *, preserve: int, options: tuple[str, ...] = ()) -> list[str]:
+    """Return the runtime's command line: start the agent, hand it `preserve` descriptors, and go away."""
+    return [
+        plan["runtime"]["path"],
+        "--root",
+        f"{instance.directory}/runtime",
+        *options,
+        "run",
+        "--detach",
+        "--preserve-fds",
+        str(preserve),
+        "--bundle",
+        instance.directory,
+        instance.id,
+    ]

@@ -14,12 +14,12 @@ import sys
 
 from ringfence.errors import HostError
 from ringfence.runtime.base import Instance, Starting
+from ringfence.runtime.spawn import FIRST, agent_path, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.plan.document import Plan
 
-_FIRST = 3
 _MOST_BYTES = 8 << 20
 _TIMEOUT_MS = 20_000
 # Where the caller may make no cgroup: runc calls that an error unless it is told that nobody expects one.
@@ -30,8 +30,6 @@ _WITH_CGROUP = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=cgrou
 
 def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
     """Start the agent as `ringfence.runtime.linux.start` does, without being root. Raises HostError."""
-    from ringfence.runtime.linux import spawn
-
     spec_r, spec_w = os.pipe2(os.O_CLOEXEC)
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
     go_r, go_w = os.pipe2(os.O_CLOEXEC)
@@ -125,10 +123,10 @@ def _failed(starting: Starting) -> HostError:
 def _child(count: int) -> None:
     """Do what the module's docstring says the second interpreter does."""
     from ringfence.linux import libc
-    from ringfence.runtime.linux import agent_path, command, write_config
+    from ringfence.runtime.bundle import command, write_config
     from ringfence.runtime.stage import Ids, Stager
 
-    spec, ready, go = (_FIRST + count + place for place in range(3))
+    spec, ready, go = (FIRST + count + place for place in range(3))
     for fd in (spec, ready, go):
         os.set_inheritable(fd, False)
     agent = agent_path()
