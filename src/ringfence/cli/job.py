@@ -1,5 +1,6 @@
 """A job of the command line and its streams, from the gate to the exit status."""
 
+import gc
 import os
 import stat
 import sys
@@ -118,6 +119,7 @@ class Job:
         return attendance.run()
 
     def _attendance(self, outputs: "dict[int, Sink]", source: "Source | None", budget: Budget) -> Attendance:
+        gc.enable()
         return Attendance(
             self.running,
             outputs,

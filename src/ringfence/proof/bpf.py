@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # struct seccomp_data: nr, arch, instruction_pointer, six arguments
 _DATA = Struct("<iIQ6Q")
+_WORDS = Struct("<16I")
 # struct sock_filter: code, jump if true, jump if false, constant
 _INSTRUCTION = "<HBBI"
 _WORD = 0xFFFFFFFF
@@ -18,7 +19,7 @@ _WORD = 0xFFFFFFFF
 _LD_ABS, _LD_IMM, _LD_MEM, _LDX_IMM, _LDX_MEM, _ST, _STX = 0x20, 0x00, 0x60, 0x01, 0x61, 0x02, 0x03
 _TAX, _TXA = 0x07, 0x87
 _RET_K, _RET_A = 0x06, 0x16
-_JA = 0x05
+_JA, _JEQ_K = 0x05, 0x15
 
 
 def read_program(program: bytes) -> "list[tuple[int, int, int, int]]":
@@ -32,15 +33,18 @@ def answer(
     program: "Sequence[tuple[int, int, int, int]]", number: int, arch: int, args: "Sequence[int]"
 ) -> int:
     """Return the 32-bit SECCOMP_RET_* value for one call. Raises ValueError for what no such filter does."""
-    data = _DATA.pack(number, arch, 0, *(list(args) + [0] * 6)[:6])
+    words = _WORDS.unpack(_DATA.pack(number, arch, 0, *(list(args) + [0] * 6)[:6]))
     a = x = 0
     memory = [0] * 16
     place = 0
     while place < len(program):
         code, jt, jf, k = program[place]
         place += 1
-        if code == _LD_ABS:
-            a = int.from_bytes(data[k : k + 4], "little")
+        # First what a filter mostly is made of: a hundred comparisons in a row, at every start.
+        if code == _JEQ_K:
+            place += jt if a == k else jf
+        elif code == _LD_ABS:
+            a = words[k >> 2]
         elif code & 0x07 == 0x05:
             place += k if code == _JA else jt if _holds(code, a, x if code & 0x08 else k) else jf
         elif code == _RET_K:

@@ -91,7 +91,7 @@ def _filter(plan: Plan, subject: Subject) -> Seen:
 
     try:
         found = answers(subject.pid, plan["filter_samples"])
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return {}
     return {"seccomp.answers": (found, f"PTRACE_SECCOMP_GET_FILTER of {subject.pid}")}
 
