@@ -378,3 +378,11 @@ def test_a_runtime_that_never_ends_is_killed(home: Path, monkeypatch: pytest.Mon
     while os.path.exists(f"/proc/{pid}") and "(sleep) Z" not in Path(f"/proc/{pid}/stat").read_text():
         assert time.monotonic() < until_gone
         time.sleep(0.01)
+
+
+def test_the_last_sandbox_takes_the_cgroup_above_it_along(sandboxes: Sandboxes) -> None:
+    """Nothing of ours is in the cgroup hierarchies when no sandbox is: not even an empty group."""
+    sandboxes.run(["true"])
+    ranges = Path("/run/ringfence/ranges")
+    if not any(path.name.isdigit() for path in ranges.iterdir()):  # else somebody else's sandbox lives
+        assert list(Path("/sys/fs/cgroup").glob("*/ringfence")) == []

@@ -200,6 +200,14 @@ class Cgroup:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, 0.02)
 
+    def remove_parent(self) -> None:
+        """Remove the empty group that all sandboxes are below, wherever it is there; one in use is kept."""
+        for mount in self.layout.hierarchies():
+            try:
+                os.rmdir(mount + files.parent_of(self.path))
+            except OSError:
+                continue
+
 
 def leftovers(layout: Layout) -> list[str]:
     """Return the ids of all sandboxes that have a group in any hierarchy, live ones among them."""

@@ -16,7 +16,7 @@ from ringfence.linux import paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _FIRST = 0x70000000
 _BEYOND = 0x80000000
@@ -53,13 +53,24 @@ def allocate(size: int, directory: str, *, rootless: bool = False) -> int:
     )
 
 
-def release(base: int, directory: str, *, rootless: bool = False) -> None:
-    """Give the range back if it is recorded for the sandbox in `directory`."""
+def release(
+    base: int, directory: str, *, rootless: bool = False, last: Callable[[], object] | None = None
+) -> None:
+    """Give the range back if it is recorded for the sandbox in `directory`.
+
+    `last` is called if no sandbox of any run directory has a range then, while none can get one.
+    """
     if base <= 0:
         return
-    path = f"{_home(rootless=rootless)}/{base}"
-    if _owner(path) == directory:
-        os.unlink(path)
+    home = _home(rootless=rootless)
+    lock = _lock(home)
+    try:
+        if _owner(f"{home}/{base}") == directory:
+            os.unlink(f"{home}/{base}")
+        if last is not None and not any(name.isdigit() for name in os.listdir(home)):
+            last()
+    finally:
+        os.close(lock)
 
 
 def abandoned(*, rootless: bool = False) -> Iterator[int]:

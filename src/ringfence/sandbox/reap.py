@@ -139,9 +139,11 @@ def discard(entry: Entry) -> None:
 def _give_back(entry: Entry, record: dict[str, object], group: Cgroup | None) -> None:
     if group is not None:
         group.remove()
-    base = record.get("base")
+    base, rootless = record.get("base"), bool(record.get("rootless"))
     if isinstance(base, int):
-        ranges.release(base, entry.directory, rootless=bool(record.get("rootless")))
+        # Every sandbox of root's has its range before a runtime makes its cgroup: with none left, nobody is about to.
+        tidy = None if group is None or rootless else group.remove_parent
+        ranges.release(base, entry.directory, rootless=rootless, last=tidy)
 
 
 def cgroup_of(record: dict[str, object]) -> Cgroup | None:
