@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,28 @@ def test_a_policy_that_became_wrong_is_refused(tmp_path: Path) -> None:
     path.write_text("limits: {pids: many}\n")
     with pytest.raises(PolicyError, match="many"):
         pids_of(path)
+
+
+def test_threads_of_one_process_may_keep_the_same_plan_at_once(shared: Path) -> None:
+    """A cold cache and many callers: none of them removes or misses another one's half-written file."""
+    plan = plan_for(Request(policy=str(policy_in(shared, 23))))
+    path = str(shared / "kept")
+    barrier, failed = threading.Barrier(8), []
+
+    def caller() -> None:
+        barrier.wait()
+        try:
+            for _ in range(100):
+                prepare._keep(path, plan, {})
+                assert prepare._cached(path) == plan
+        except BaseException as error:  # noqa: BLE001 - told to the main thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=caller) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert os.listdir(shared).count("kept") == 1
+    assert not [name for name in os.listdir(shared) if name.startswith("kept.")]

@@ -84,7 +84,7 @@ def _keep(path: str, key: str, host: Host) -> None:
     import msgspec
 
     content = _line(key) + b"\n" + msgspec.json.encode(host)
-    temporary = f"{path}.{os.getpid()}"
+    temporary = f"{path}.{os.urandom(8).hex()}"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:

@@ -436,10 +436,14 @@ def _cached(path: str) -> Plan | None:
 
 def _keep(path: str, plan: Plan, depends: dict[str, str]) -> None:
     """Keep a plan; a full or read-only disk is no reason not to run."""
-    temporary = f"{path}.{os.getpid()}"
+    # A name of this very call: several threads of a process may keep the same plan at once.
+    temporary = f"{path}.{os.urandom(8).hex()}"
     try:
         _make_room(os.path.dirname(path))
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return
+    try:
         try:
             body = marshal.dumps((depends, {**plan}))
             data = memoryview(_checksum(body) + body)
@@ -449,8 +453,10 @@ def _keep(path: str, plan: Plan, depends: dict[str, str]) -> None:
             os.close(fd)
         os.rename(temporary, path)
     except OSError:
-        if os.path.lexists(temporary):
+        try:
             os.unlink(temporary)
+        except OSError:  # somebody has made room
+            return
 
 
 def _checksum(body: bytes) -> bytes:
