@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from ringfence.cli.tell import complain
 from ringfence.errors import RingfenceError, SandboxError, UsageError
 from ringfence.sandbox import reap, store
 
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
         try:
             chosen.append((name, store.find(name)))
         except UsageError as error:
-            status = _say(error)
+            status = complain(error)
     return max(status, _remove(chosen, force=args.force))
 
 
@@ -48,7 +47,7 @@ def _remove(chosen: list[tuple[str, Entry]], *, force: bool) -> int:
                 _end(name, entry, force=force)
             _discard(entry)
         except RingfenceError as error:
-            status = max(status, _say(error))
+            status = max(status, complain(error))
         else:
             print(name)
     return status
@@ -70,11 +69,6 @@ def _end(name: str, entry: Entry, *, force: bool) -> None:
     for problem in stop([entry], grace_s=0):
         if problem is not None:
             raise problem
-
-
-def _say(error: RingfenceError) -> int:
-    print(f"ringfence: {error}", file=sys.stderr)
-    return error.exit_status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from ringfence.cli.tell import complain
 from ringfence.errors import RingfenceError
 from ringfence.sandbox import store
 
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
         try:
             entry = store.find(name)
         except RingfenceError as error:
-            status = _say(error)
+            status = complain(error)
             continue
         if entry.alive():
             living.append((name, entry))
@@ -42,15 +41,10 @@ def main(argv: list[str]) -> int:
         problems = stop([entry for _, entry in living], grace_s=args.time)
         for (name, _), problem in zip(living, problems, strict=True):
             if problem is not None:
-                status = _say(problem)
+                status = complain(problem)
             else:
                 print(name)
     return status
-
-
-def _say(error: RingfenceError) -> int:
-    print(f"ringfence: {error}", file=sys.stderr)
-    return error.exit_status
 
 
 def _parser() -> argparse.ArgumentParser:

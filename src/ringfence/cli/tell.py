@@ -1,6 +1,16 @@
-"""What the verbs of ``ringfence image`` say to a person, and print for a program."""
+"""What verbs say to a person, and print for a program."""
 
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.errors import RingfenceError
+
+
+def complain(error: "RingfenceError") -> int:
+    """Tell an error of one of several things that a verb is about, and return its exit status."""
+    print(f"ringfence: {error}", file=sys.stderr)
+    return error.exit_status
 
 
 def say(step: str) -> None:
