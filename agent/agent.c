@@ -8,32 +8,21 @@
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "client.h"
+#include "door.h"
 #include "signals.h"
+#include "system.h"
 
 enum { CONTROL = 3, LISTENER = 4, LOCK = 5, IMAGE = 6 }; /* descriptors that we start with */
 enum { MAX_EVENTS = 16, SIGNALS_A_TURN = 8, ACCEPT_AGAIN_MS = 1000 };
-enum { EXIT_OWN_FAILURE = 125 };
 
 static int signals;
 static int listener = -1;
-static bool listening;       /* the listener is watched */
+static bool fed;             /* it is no listener: the door sends the connections */
+static bool listening;       /* it is watched */
 static int64_t accept_after; /* descriptors or memory were short */
-
-/* Nothing of the runtime's own stays on 0-2. Opened now, before any job could put something else in its place; 0 is
-   also the stdin of detached jobs. */
-static bool open_null(void) {
-  int null = open("/dev/null", O_RDWR | O_NOCTTY);
-  if (null < 0) return false;
-  for (int i = 0; i < 3; i++) {
-    if (dup2(null, i) != i) return false;
-  }
-  if (null > 2) close(null);
-  return true;
-}
 
 static bool keep(int descriptor) {
   return fcntl(descriptor, F_SETFD, FD_CLOEXEC) == 0;
@@ -47,7 +36,8 @@ static bool set_up(void) {
   if (keep(LISTENER) && fcntl(LISTENER, F_SETFL, O_NONBLOCK) == 0) listener = LISTENER;
   keep(LOCK);
   keep(IMAGE);
-  if (syscall(SYS_close_range, (unsigned)IMAGE + 1, ~0U, 0U) != 0) return false;
+  if (!close_from(IMAGE + 1)) return false;
+  /* Now, before any job could put something else in the place of the null device; 0 is also the stdin of detached jobs. */
   if (!open_null() || !clients_init()) return false;
   sandbox.init = getpid() == 1;
   sandbox.proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -67,13 +57,24 @@ static void set_listening(bool wanted) {
   }
 }
 
+/* In a kernel of its own, where no socket of the host's can be listened on, the door sends the connections over a
+   connected one, each with one byte. Which of both we have shows when the first one comes. */
+static int next_connection(void) {
+  if (!fed) {
+    int sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (sock >= 0 || (errno != EINVAL && errno != EOPNOTSUPP)) return sock;
+    fed = true;
+  }
+  return wire_take_connection(listener);
+}
+
 static void on_listener(void) {
   struct client *client = find_free();
   if (!client) return;
-  int sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+  int sock = next_connection();
   if (sock >= 0) {
     client_open(client, sock);
-  } else if (errno == EINVAL || errno == ENOTSOCK || errno == EOPNOTSUPP) {
+  } else if (errno == EINVAL || errno == ENOTSOCK) {
     set_listening(false);
     close(listener);
     listener = -1;
@@ -93,11 +94,14 @@ static void on_signals(void) {
   reap();
 }
 
-static void on_event(uint32_t data) {
+static void on_event(uint32_t data, uint32_t events) {
   struct client *client = &sandbox.clients[data / ABOUT_COUNT];
   switch ((enum about)(data % ABOUT_COUNT)) {
     case ABOUT_SOURCE_0: client_output(client, 0); break;
     case ABOUT_SOURCE_1: client_output(client, 1); break;
+    case ABOUT_LOG: client_log(client); break;
+    case ABOUT_RELAY: client_relay(client, events & (EPOLLHUP | EPOLLERR)); break;
+    case ABOUT_MASTER: client_relay(client, false); break;
     case ABOUT_SOCKET: client_readable(client); break;
     case ABOUT_SIGNALS: on_signals(); break;
     case ABOUT_LISTENER: on_listener(); break;
@@ -107,7 +111,7 @@ static void on_event(uint32_t data) {
 
 static int timeout_ms(int64_t now) {
   if (sandbox.reap_again) return 0;
-  int64_t next = next_tick();
+  int64_t next = next_tick(now);
   if (accept_after > now && accept_after < next) next = accept_after;
   if (next == INT64_MAX) return -1;
   if (next <= now) return 0;
@@ -124,14 +128,14 @@ static _Noreturn void serve(void) {
     struct epoll_event events[MAX_EVENTS];
     int count = epoll_wait(sandbox.epoll, events, MAX_EVENTS, timeout_ms(now));
     if (count < 0 && errno != EINTR) _exit(EXIT_OWN_FAILURE);
-    for (int i = 0; i < count; i++) on_event(events[i].data.u32);
+    for (int i = 0; i < count; i++) on_event(events[i].data.u32, events[i].events);
   }
 }
 
 /* On the host: hold a new user namespace open until the launcher, which writes its maps, has done with it. */
 static int hold_user_namespace(void) {
   char byte = 'R';
-  if (syscall(SYS_close_range, 3U, ~0U, 0U) != 0 || unshare(CLONE_NEWUSER) != 0) return EXIT_OWN_FAILURE;
+  if (!close_from(3) || unshare(CLONE_NEWUSER) != 0) return EXIT_OWN_FAILURE;
   if (write(1, &byte, 1) != 1) return EXIT_OWN_FAILURE;
   ssize_t count;
   do count = read(0, &byte, 1);
@@ -147,6 +151,7 @@ static int print_version(void) {
 int main(int argc, char **argv) {
   if (argc == 2 && strcmp(argv[1], "--userns") == 0) return hold_user_namespace();
   if (argc == 2 && strcmp(argv[1], "--version") == 0) return print_version();
+  if (argc > 3 && strcmp(argv[1], "--door") == 0) return keep_door(argv + 2);
   if (argc > 1 || !set_up()) return EXIT_OWN_FAILURE;
   client_open(&sandbox.clients[0], CONTROL);
   serve();

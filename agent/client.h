@@ -3,6 +3,7 @@
 #define RINGFENCE_CLIENT_H
 
 #include "job.h"
+#include "system.h"
 #include "wire.h"
 
 enum { MAX_CONNECTIONS = 32, MAX_CLIENTS = 1 + MAX_CONNECTIONS };
@@ -13,7 +14,17 @@ struct client {
 };
 
 /* What an event is about; the rest of its data is the index of the client. */
-enum about { ABOUT_SOURCE_0, ABOUT_SOURCE_1, ABOUT_SOCKET, ABOUT_SIGNALS, ABOUT_LISTENER, ABOUT_COUNT };
+enum about {
+  ABOUT_SOURCE_0,
+  ABOUT_SOURCE_1,
+  ABOUT_LOG,    /* a pipe that was full */
+  ABOUT_RELAY,  /* the host's side of one */
+  ABOUT_MASTER, /* the job's side */
+  ABOUT_SOCKET,
+  ABOUT_SIGNALS,
+  ABOUT_LISTENER,
+  ABOUT_COUNT
+};
 
 struct sandbox {
   struct client clients[MAX_CLIENTS]; /* the first has the main job */
@@ -24,13 +35,12 @@ struct sandbox {
   bool reap_again;  /* stopped reaping to see to other things */
   bool ending;      /* all has been killed; we exit when it is gone, or at end_by */
   int64_t end_by;
+  bool hurried;     /* the host wants the end: no slow reader is waited for */
   bool broken;      /* the launcher broke the protocol */
   uint32_t status;  /* to exit with */
 };
 
 extern struct sandbox sandbox;
-
-int64_t now_ms(void);
 
 /* Watch a descriptor for input. Closed it must be with unwatch first: a child before its execve may hold a copy. */
 bool watch(int descriptor, uint32_t client, enum about about);
@@ -45,6 +55,10 @@ struct client *find_free(void);
 void client_open(struct client *client, int sock);
 void client_readable(struct client *client);
 void client_output(struct client *client, int source);
+void client_log(struct client *client);
+
+/* `gone`: epoll says that nobody holds the host's end any more. */
+void client_relay(struct client *client, bool gone);
 
 /* Reap what has died, and see which first processes have become ready. */
 void reap(void);
@@ -53,7 +67,7 @@ void reap(void);
 void tick(int64_t now);
 
 /* The first moment that tick has something to do, or INT64_MAX. */
-int64_t next_tick(void);
+int64_t next_tick(int64_t now);
 
 /* The main job is not let go yet: nothing else may begin beside it. */
 bool main_waits(void);

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "signals.h"
+#include "system.h"
 
 enum { FUTEX_WAIT = 0 }; /* linux/futex.h; shared, not private: it spans two processes */
 enum { PATH_BYTES = 4096, TERMINAL_PATH_BYTES = 24 };
@@ -49,7 +50,7 @@ static bool set_descriptors(const struct orders *orders) {
   for (int i = 0; i < 3; i++) {
     if (dup2(terminal >= 0 ? terminal : orders->stdio[i], i) < 0) return false;
   }
-  return syscall(SYS_close_range, 3U, ~0U, 0U) == 0;
+  return close_from(3);
 }
 
 static uint32_t count_descriptors(void) {

@@ -28,6 +28,12 @@ void put_header(uint8_t *bytes, uint8_t type, uint32_t length) {
   put_u32(bytes + 4, type);
 }
 
+/* Unknown flags, and a relay for what is no terminal or has nobody at its other end, are refused. */
+static bool are_flags_of_start(uint8_t flags) {
+  if (flags & ~(START_TTY | START_DETACH | START_HOLD | START_RELAY)) return false;
+  return !(flags & START_RELAY) || (flags & (START_TTY | START_DETACH)) == START_TTY;
+}
+
 bool parse_header(const uint8_t bytes[HEADER_BYTES], struct header *header) {
   header->length = get_u32(bytes);
   header->type = bytes[4];
@@ -36,18 +42,19 @@ bool parse_header(const uint8_t bytes[HEADER_BYTES], struct header *header) {
   switch (header->type) {
     case START:
       return header->length >= START_HEAD_BYTES && header->length <= MAX_PAYLOAD_BYTES &&
-             (header->flags & ~(START_TTY | START_DETACH | START_HOLD)) == 0;
+             are_flags_of_start(header->flags);
     case SIGNAL:
     case RESIZE: return header->length == 4 && header->flags == 0;
     case GO:
-    case SHUTDOWN: return header->length == 0 && header->flags == 0;
+    case SHUTDOWN:
+    case REPORT: return header->length == 0 && header->flags == 0;
     default: return false;
   }
 }
 
 int descriptors_of(const struct header *header) {
   if (header->type != START) return 0;
-  if (header->flags & START_DETACH) return 1;
+  if (header->flags & (START_DETACH | START_RELAY)) return 1;
   return header->flags & START_TTY ? 0 : 3;
 }
 

@@ -9,10 +9,11 @@
 enum { PROTOCOL_VERSION = 1 };
 enum { HEADER_BYTES = 8, START_HEAD_BYTES = 28, RECORD_HEADER_BYTES = 16, END_RECORD_BYTES = 24 };
 enum { MAX_PAYLOAD_BYTES = 4 << 20, MAX_SMALL_BYTES = 4, MAX_ANSWER_BYTES = 12, MAX_STRINGS = 1 << 18 };
+enum { MAX_REPORT_BYTES = 1 << 18 };
 
-enum host_frame { START = 1, GO = 2, SIGNAL = 3, RESIZE = 4, SHUTDOWN = 5 };
-enum agent_frame { READY = 65, PREPARED = 66, FAILED = 67, EXITED = 68 };
-enum start_flag { START_TTY = 1, START_DETACH = 2, START_HOLD = 4 };
+enum host_frame { START = 1, GO = 2, SIGNAL = 3, RESIZE = 4, SHUTDOWN = 5, REPORT = 6 };
+enum agent_frame { READY = 65, PREPARED = 66, FAILED = 67, EXITED = 68, REPORTED = 69 };
+enum start_flag { START_TTY = 1, START_DETACH = 2, START_HOLD = 4, START_RELAY = 8 };
 enum end_flag { TIMED_OUT = 1, OUTPUT_TRUNCATED = 2 };
 enum stage { STAGE_FORK = 1, STAGE_DESCRIPTORS = 2, STAGE_CWD = 3, STAGE_EXEC = 4 };
 enum stream { STREAM_END = 0, STREAM_OUT = 1, STREAM_ERR = 2 };

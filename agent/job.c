@@ -22,6 +22,7 @@ void job_none(struct job *job, struct gate *gate) {
   job->gate = gate;
   job->master = -1;
   output_none(&job->output);
+  relay_none(&job->relay);
 }
 
 /* Libraries disagree about the type of a request; the kernel's is unsigned int, and a filter sees all 64 bits. */
@@ -33,9 +34,9 @@ static bool control(int terminal, unsigned int request, void *argument) {
 static int open_pty(struct job *job, const struct start *start) {
   int number;
   int unlock = 0;
-  /* Only the agent reads the master of a detached job; else the host does, and how is its own business. */
-  int blocking = job->flags & START_DETACH ? O_NONBLOCK : 0;
-  job->master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | blocking);
+  /* Where the agent itself reads the master it must not wait; else the host does, and how is its own business. */
+  int waiting = job->flags & (START_DETACH | START_RELAY) ? O_NONBLOCK : 0;
+  job->master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | waiting);
   if (job->master < 0) return -1;
   if (!control(job->master, TIOCSPTLCK, &unlock) || !control(job->master, TIOCGPTN, &number)) return -1;
   if (start->cols && start->rows && !job_resize(job, start->cols, start->rows)) return -1;
@@ -65,6 +66,9 @@ static bool prepare_detached(struct job *job, struct orders *orders, int *log, u
 static bool prepare(struct job *job, struct orders *orders, int *descriptors) {
   if (job->flags & START_DETACH) {
     if (!prepare_detached(job, orders, descriptors, orders->start->output_limit)) return false;
+  } else if (job->flags & START_RELAY) {
+    if (!relay_open(&job->relay, descriptors[0])) return false;
+    descriptors[0] = -1;
   } else if (!(job->flags & START_TTY)) {
     memcpy(orders->stdio, descriptors, sizeof orders->stdio);
   }
@@ -120,6 +124,12 @@ void job_ended(struct job *job, int status) {
 bool job_resize(const struct job *job, uint16_t cols, uint16_t rows) {
   struct winsize size = {.ws_col = cols, .ws_row = rows};
   return control(job->master, TIOCSWINSZ, &size);
+}
+
+void job_tell_size(const struct job *job) {
+  pid_t group = 0;
+  if (!control(job->master, TIOCGPGRP, &group) || group <= 1) group = job->pid;
+  if (group > 1) kill(-group, SIGWINCH);
 }
 
 void job_signal(const struct job *job, int signo) {

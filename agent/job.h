@@ -5,6 +5,7 @@
 #include <sys/types.h>
 
 #include "output.h"
+#include "relay.h"
 
 enum job_state {
   JOB_NONE,
@@ -31,6 +32,7 @@ struct job {
   int master;    /* pty, or -1 */
   struct gate *gate;
   struct output output;
+  struct relay relay;
   uint32_t stage; /* of a job that never ran, or 0 */
   uint32_t error;
   uint32_t exit_code;
@@ -38,12 +40,13 @@ struct job {
   uint32_t end_flags;
   uint32_t deadline_ms;
   int64_t deadline_at; /* 0: none */
-  int64_t drain_by;
+  int64_t drain_by; /* what is left of its output has this long */
 };
 
 void job_none(struct job *job, struct gate *gate);
 
-/* Fork the first process; `descriptors` as PROTOCOL.md has them, the log's is taken. False: stage and error say why. */
+/* Fork the first process; `descriptors` as PROTOCOL.md has them, that of a log or a relay is taken. False: stage and
+   error say why. */
 bool job_start(struct job *job, uint8_t flags, const struct start *start, int *descriptors);
 
 /* Let the first process execute. */
@@ -53,6 +56,9 @@ void job_go(struct job *job);
 void job_ended(struct job *job, int status);
 
 bool job_resize(const struct job *job, uint16_t cols, uint16_t rows);
+
+/* SIGWINCH to what is in the foreground: a plain kernel sends it by itself when the size changes, gVisor's does not. */
+void job_tell_size(const struct job *job);
 void job_signal(const struct job *job, int signo);
 
 /* SIGKILL for the first process and all of its session; `proc` is /proc opened, or -1. */

@@ -2,14 +2,20 @@
 #include "wire.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "system.h"
+
 /* What all connections together may have in flight: one full START and several ordinary ones. */
 enum { MAX_IN_FLIGHT_BYTES = 2 * MAX_PAYLOAD_BYTES };
 static size_t in_flight_bytes;
+
+/* How long a whole answer, larger than a socket's buffer, may take on its way to a host that reads. */
+enum { SEND_MS = 200 };
 
 union rights {
   struct cmsghdr align;
@@ -116,6 +122,13 @@ static void attach(struct msghdr *message, union rights *rights, int descriptor)
   memcpy(CMSG_DATA(part), &descriptor, sizeof descriptor);
 }
 
+static ssize_t send_once(int sock, const struct msghdr *message) {
+  ssize_t sent;
+  do sent = sendmsg(sock, message, MSG_DONTWAIT | MSG_NOSIGNAL);
+  while (sent < 0 && errno == EINTR);
+  return sent;
+}
+
 bool wire_send(const struct wire *wire, uint8_t type, const uint32_t *words, uint32_t count, int descriptor) {
   uint8_t frame[HEADER_BYTES + MAX_ANSWER_BYTES];
   put_header(frame, type, count * 4);
@@ -124,10 +137,42 @@ bool wire_send(const struct wire *wire, uint8_t type, const uint32_t *words, uin
   struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
   union rights rights;
   if (descriptor >= 0) attach(&message, &rights, descriptor);
-  /* A connection gets three frames in its life, far less than the smallest socket buffer: if they do not fit, the peer
+  /* A connection gets three small frames in its life, far less than the smallest socket buffer: if they do not fit, the peer
      does not read, and is dropped. So no queue is needed and nothing here can block. */
-  ssize_t sent;
-  do sent = sendmsg(wire->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-  while (sent < 0 && errno == EINTR);
-  return sent == (ssize_t)part.iov_len;
+  return send_once(wire->sock, &message) == (ssize_t)part.iov_len;
+}
+
+static bool wait_for_room(int sock, int64_t until) {
+  int64_t left = until - now_ms();
+  struct pollfd wanted = {.fd = sock, .events = POLLOUT};
+  return left > 0 && poll(&wanted, 1, (int)left) > 0;
+}
+
+bool wire_send_large(const struct wire *wire, uint8_t type, uint8_t *frame, uint32_t length) {
+  put_header(frame, type, length);
+  struct iovec part = {.iov_base = frame, .iov_len = HEADER_BYTES + length};
+  struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+  int64_t until = now_ms() + SEND_MS;
+  for (;;) {
+    ssize_t sent = send_once(wire->sock, &message);
+    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) return false;
+    if (sent > 0) {
+      part.iov_base = (uint8_t *)part.iov_base + sent;
+      part.iov_len -= (size_t)sent;
+    }
+    if (part.iov_len == 0) return true;
+    if (!wait_for_room(wire->sock, until)) return false;
+  }
+}
+
+/* What comes without exactly one descriptor is dropped. */
+int wire_take_connection(int sock) {
+  struct wire wire;
+  uint8_t byte;
+  wire_open(&wire, sock);
+  enum wire_result result = receive(&wire, &byte, sizeof byte);
+  if (result == WIRE_FRAME && wire.descriptor_count == 1) return wire.descriptors[0];
+  for (int i = 0; i < wire.descriptor_count; i++) close(wire.descriptors[i]);
+  errno = result == WIRE_END ? EINVAL : EAGAIN;
+  return -1;
 }

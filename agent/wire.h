@@ -29,4 +29,11 @@ void wire_release(struct wire *wire);
 /* Send a whole frame with `descriptor` (-1: none). False: the peer is gone, or does not read. */
 bool wire_send(const struct wire *wire, uint8_t type, const uint32_t *words, uint32_t count, int descriptor);
 
+/* The same with a payload of up to MAX_REPORT_BYTES, for which `frame` has its header's bytes of room in front. Waits,
+   but not for long, for a peer that has to read before the rest fits. */
+bool wire_send_large(const struct wire *wire, uint8_t type, uint8_t *frame, uint32_t length);
+
+/* Receive the one descriptor that comes with a byte on `sock`. -1 and errno: EAGAIN when there is none yet. */
+int wire_take_connection(int sock);
+
 #endif

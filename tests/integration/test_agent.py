@@ -13,205 +13,49 @@ from pathlib import Path
 
 import pytest
 
+from agents import (
+    AS_NOBODY,
+    ENV,
+    WAIT_S,
+    Agent,
+    Frames,
+    binary,
+    children,
+    command_line,
+    cpu_ticks,
+    eventually,
+    parsed,
+    starting,
+    status_of,
+)
 from ringfence.errors import SandboxError
 from ringfence.sandbox import protocol
 from ringfence.sandbox.protocol import (
     DETACH,
     END,
-    EXITED,
-    FAILED,
     HOLD,
     PREPARED,
     READY,
+    RELAY,
     STDERR,
     STDOUT,
     TIMED_OUT,
     TTY,
-    Connection,
     encode,
     encode_go,
+    encode_report,
     encode_resize,
     encode_shutdown,
     encode_signal,
     encode_start,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = [b"PATH=/usr/bin:/bin", b"LC_ALL=C"]
-NOBODY = 54321  # a uid that owns nothing here
-WAIT_S = 10
-
-
-@pytest.fixture(scope="session")
-def binary() -> str:
-    """The agent, built from the sources that are tested."""
-    subprocess.run(["make", "-s", "-C", str(ROOT / "agent")], check=True)
-    return str(ROOT / "agent/build/ringfence-agent")
-
-
-class Frames:
-    """A connection to the agent; a frame that is not the expected one is a failure."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.settimeout(WAIT_S)
-        self.sock = sock
-        self.connection = Connection(sock)
-
-    def send(self, frame: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        self.connection.send(frame, descriptors)
-
-    def expect(self, kind: int) -> tuple[bytes, list[int]]:
-        frame = self.connection.recv()
-        assert frame is not None, f"the agent closed, instead of {kind}"
-        assert frame[0] == kind, f"{frame} instead of {kind}"
-        assert frame[1] == 0
-        return frame[2], frame[3]
-
-    def ready(self) -> int:
-        version, pid = protocol.decode_ready(self.expect(READY)[0])
-        assert version == protocol.VERSION
-        return pid
-
-    def prepared(self) -> int:
-        pid, descriptors = protocol.decode_prepared(self.expect(PREPARED)[0])
-        assert descriptors == 3
-        return pid
-
-    def exited(self) -> tuple[int, int, int]:
-        return protocol.decode_exited(self.expect(EXITED)[0])
-
-    def failed(self) -> tuple[int, int]:
-        return protocol.decode_failed(self.expect(FAILED)[0])
-
-    def ended(self) -> bool:
-        return self.connection.recv() is None
-
-    def start(
-        self, *argv: str | bytes, flags: int = 0, stdio: tuple[int, ...] | None = None, **more: object
-    ) -> None:
-        """START `argv`; without a pty or a log its stdin, stdout and stderr are the null device."""
-        words = [os.fsencode(a) for a in argv]
-        env = more.pop("env", ENV)
-        cwd = more.pop("cwd", b"/")
-        frame = encode_start(words, env, cwd, flags=flags, **more)  # type: ignore[arg-type]
-        if stdio is None and not flags & (TTY | DETACH):
-            with open(os.devnull, "r+b") as null:
-                self.send(frame, (null.fileno(),) * 3)
-        else:
-            self.send(frame, stdio or ())
-
-    def output(self, *argv: str | bytes, **more: object) -> bytes:
-        """START `argv` with a pipe as stdout and return all that it writes, up to the end."""
-        reading, writing = os.pipe()
-        with open(reading, "rb") as pipe, open(os.devnull, "r+b") as null:
-            self.start(*argv, stdio=(null.fileno(), writing, null.fileno()), **more)
-            os.close(writing)
-            return pipe.read()
-
-
-class Agent(Frames):
-    """A running agent: its control connection, its listener, its process."""
-
-    def __init__(self, command: list[str], directory: Path) -> None:
-        ours, theirs = socket.socketpair()
-        self.address = str(directory / "s")
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.address)
-        listener.listen(64)
-        # High numbers first, so that none of 3-5 is overwritten before it is copied.
-        high = [
-            os.dup2(fd, 900 + i, inheritable=False)
-            for i, fd in enumerate((theirs.fileno(), listener.fileno()))
-        ]
-        actions = [(os.POSIX_SPAWN_DUP2, fd, 3 + i) for i, fd in enumerate(high)]
-        self.pid = os.posix_spawnp(command[0], command, os.environ, file_actions=actions)
-        for fd in high:
-            os.close(fd)
-        theirs.close()
-        listener.close()
-        self.status: int | None = None
-        self.clients: list[Frames] = []
-        super().__init__(ours)
-
-    def connect(self) -> Frames:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(self.address)
-        self.clients.append(Frames(sock))
-        return self.clients[-1]
-
-    def exec(self) -> Frames:
-        frames = self.connect()
-        frames.ready()
-        return frames
-
-    def wait(self) -> int:
-        """The exit status; an agent that hangs fails the test."""
-        if self.status is None:
-            pidfd = os.pidfd_open(self.pid)
-            with open(pidfd, closefd=True):
-                assert select.select([pidfd], [], [], WAIT_S)[0], "the agent hangs"
-            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.status
-
-    def host_pid(self) -> int:
-        """PID 1 of the namespace, as the host numbers it."""
-        return children(self.pid)[0]
-
-    def close(self) -> None:
-        for frames in (self, *self.clients):
-            frames.connection.close()
-        if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)  # unshare --kill-child takes PID 1 along, and so all
-            os.waitpid(self.pid, 0)
-
-
-def children(pid: int) -> list[int]:
-    """Its children, as the host numbers them; none if it has just died."""
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
-
-
-def status_of(pid: int) -> dict[str, str]:
-    return dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
-    )
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait until `condition` holds; for what the kernel offers no event for."""
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
-
-
-UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
 
 @pytest.fixture
-def agents(binary: str, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+def agents(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     """Start agents; `before` is put before the agent's own command line."""
-    started: list[Agent] = []
-
-    def start(*before: str, init: bool = True) -> Agent:
-        directory = tmp_path / str(len(started))
-        directory.mkdir()
-        agent = Agent([*(UNSHARE if init else []), *before, binary], directory)
-        started.append(agent)
-        return agent
-
-    yield start
-    for agent in started:
-        agent.close()
+    with starting(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
@@ -230,10 +74,7 @@ def log(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def records(path: Path) -> list[tuple[int, bytes]]:
-    data = path.read_bytes()
-    found = list(protocol.read_log(data))
-    assert (found[-1][0] if found else 0) == len(data), "half a record"
-    return [(stream, payload) for _, _, stream, payload in found]
+    return parsed(path.read_bytes())
 
 
 # A job and its end
@@ -669,14 +510,87 @@ def test_detached_failure_is_in_the_log(agent: Agent, log: tuple[int, Path]) -> 
     assert protocol.decode_end(end)[0] == 127
 
 
-def test_log_must_be_a_file(agent: Agent) -> None:
-    """A pipe as log could block the agent: refused."""
+def test_log_must_be_a_file_or_a_pipe(agent: Agent) -> None:
+    """Any other kind of log could block the agent: refused."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        agent.start("true", flags=DETACH, stdio=(theirs.fileno(),))
+        assert agent.failed()[0] == 2
+        assert agent.wait() == 125
+
+
+# A pipe as log
+
+
+def start_piped(agent: Agent, *argv: str, **more: object) -> int:
+    """START a detached `argv` whose log is a pipe; return the pipe's other end."""
     reading, writing = os.pipe()
-    agent.start("true", flags=DETACH, stdio=(writing,))
-    assert agent.failed()[0] == 2
-    assert agent.wait() == 125
-    os.close(reading)
+    agent.start(*argv, flags=DETACH, stdio=(writing,), **more)
     os.close(writing)
+    agent.prepared()
+    return reading
+
+
+def test_log_in_a_pipe(agent: Agent) -> None:
+    """Through a pipe come the same records, none larger than what a pipe takes whole."""
+    with open(start_piped(agent, "sh", "-c", "seq 100000; echo err >&2; exit 3"), "rb") as pipe:
+        data = pipe.read()
+    assert agent.exited() == (3, 0, 0)
+    *lines, (stream, end) = parsed(data)
+    assert b"".join(text for kind, text in lines if kind == STDOUT) == b"".join(
+        b"%d\n" % i for i in range(1, 100001)
+    )
+    assert [text for kind, text in lines if kind == STDERR] == [b"err\n"]
+    assert max(len(text) for _, text in lines) <= select.PIPE_BUF - 16
+    assert (stream, protocol.decode_end(end)) == (END, (3, 0, 0, 0))
+
+
+def test_slow_reader_of_the_log(agent: Agent) -> None:
+    """A full pipe makes the job wait, and nobody else: nothing is lost, spun for or kept, and the agent serves on."""
+    reading = start_piped(agent, "sh", "-c", "head -c 1000000 /dev/zero; echo end >&2")
+    eventually(lambda: b"head" not in b"".join(command_line(p) for p in children(agent.host_pid())[1:]))
+    ticks = cpu_ticks(agent.host_pid())
+    time.sleep(0.3)
+    assert agent.exec().output("echo", "alive") == b"alive\n"
+    assert cpu_ticks(agent.host_pid()) - ticks < 5
+    with open(reading, "rb") as pipe:
+        *lines, (_, end) = parsed(pipe.read())
+    assert sum(len(text) for kind, text in lines if kind == STDOUT) == 1_000_000
+    assert (STDERR, b"end\n") in lines
+    assert protocol.decode_end(end) == (0, 0, 0, 0)
+    assert agent.exited() == (0, 0, 0)
+
+
+def test_no_reader_of_the_log(agent: Agent) -> None:
+    """With the reader gone the job goes on to its end; what it said is lost, and said to be."""
+    begin = time.monotonic()
+    reading = start_piped(agent, "sh", "-c", "sleep 0.2; head -c 1000000 /dev/zero; exit 6")
+    os.close(reading)
+    assert agent.exited() == (6, 0, protocol.OUTPUT_TRUNCATED)
+    assert agent.wait() == 6
+    assert time.monotonic() - begin < 3
+
+
+def test_stuck_reader_of_the_log(agent: Agent) -> None:
+    """A reader that never reads does not keep a job that is over for longer than its end may take."""
+    reading = start_piped(agent, "sh", "-c", "head -c 1000000 /dev/zero", deadline_ms=300)
+    begin = time.monotonic()
+    assert agent.exited() == (137, 9, TIMED_OUT | protocol.OUTPUT_TRUNCATED)
+    assert time.monotonic() - begin < 5
+    os.close(reading)
+
+
+@pytest.mark.parametrize("limit", [1, 17, 1000, 100_000])
+def test_output_limit_in_a_pipe(agent: Agent, limit: int) -> None:
+    """The limit holds for a pipe as for a file."""
+    with open(
+        start_piped(agent, "head", "-c", "300000", "/dev/zero", output_limit_bytes=limit), "rb"
+    ) as pipe:
+        data = pipe.read()
+    *pieces, (_, end) = parsed(data)
+    kept = sum(len(payload) for _, payload in pieces)
+    assert len(data) - 40 == kept + 16 * len(pieces) <= limit
+    assert protocol.decode_end(end) == (0, 0, protocol.OUTPUT_TRUNCATED, 300_000 - kept)
 
 
 # Connections
@@ -756,11 +670,6 @@ def test_many_connections(agent: Agent) -> None:
         frames.connection.close()
 
 
-def cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
 # Against hostile jobs
 
 
@@ -782,9 +691,7 @@ print(may(lambda: open(f"/proc/{victim}/mem", "r+b")),
 
 def test_agent_is_closed_to_its_jobs(agents: Callable[..., Agent]) -> None:
     """A job cannot open memory or descriptors of the agent, whose uid it has; of another job it can."""
-    agent = agents(
-        "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all"
-    )
+    agent = agents(*AS_NOBODY)
     assert agent.ready() == 1
     agent.start("sleep", "1000")
     pid = agent.prepared()
@@ -794,9 +701,7 @@ def test_agent_is_closed_to_its_jobs(agents: Callable[..., Agent]) -> None:
 
 def test_signals_and_limits_from_inside_do_no_harm(agents: Callable[..., Agent]) -> None:
     """A job that signals the agent and takes its limits away can neither stop it nor outlast its deadline."""
-    agent = agents(
-        "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all"
-    )
+    agent = agents(*AS_NOBODY)
     assert agent.ready() == 1
     script = """
         trap '' TERM USR1
@@ -828,9 +733,7 @@ def test_signals_and_limits_from_inside_do_no_harm(agents: Callable[..., Agent])
 
 def test_gate_of_an_exec_is_closed_to_other_jobs(agents: Callable[..., Agent], tmp_path: Path) -> None:
     """A running job that signals a held one may kill it, but cannot make it go."""
-    agent = agents(
-        "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all"
-    )
+    agent = agents(*AS_NOBODY)
     agent.ready()
     agent.start("sleep", "1000")
     agent.prepared()
@@ -861,10 +764,15 @@ def broken_frames() -> dict[str, bytes]:
         "unknown type": encode(99),
         "agent's type": encode(READY, 0, bytes(8)),
         "reserved": good[:6] + b"\1\0" + good[8:],
-        "unknown flag": good[:5] + b"\x80" + good[6:],
+        "unknown flag": good[:5] + b"\x10" + good[6:],
         "go with flags": encode(2, 1),
         "go before start": encode_go(),
         "too long": (4 << 20 | 1).to_bytes(4, "little") + good[4:],
+        "report before start": encode_report(),
+        "report with flags": encode(6, 1),
+        "report with a payload": encode(6, 0, b"x"),
+        "relay without a terminal": good[:5] + b"\x08" + good[6:],
+        "relay of a detached job": good[:5] + b"\x0b" + good[6:],
         "no payload": encode(1),
         "signal 0": encode_signal(0),
         "signal 65": encode_signal(65),
@@ -898,7 +806,8 @@ def test_broken_frame(agent: Agent, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"), [(0, 0), (0, 2), (0, 4), (0, 50), (TTY, 1), (DETACH, 0), (DETACH, 2)]
+    ("flags", "count"),
+    [(0, 0), (0, 2), (0, 4), (0, 50), (TTY, 1), (DETACH, 0), (DETACH, 2), (TTY | RELAY, 0), (TTY | RELAY, 2)],
 )
 def test_wrong_number_of_descriptors(agent: Agent, flags: int, count: int) -> None:
     """Descriptors too few or too many are a protocol error, and none of them stays open."""
@@ -942,7 +851,7 @@ def mutations(seed: int) -> Iterator[bytes]:
     for _ in range(chance.randrange(1, 6)):
         frame = bytearray(
             chance.choice(
-                [*broken_frames().values(), encode_start([b"true"], ENV, b"/", flags=chance.randrange(8))]
+                [*broken_frames().values(), encode_start([b"true"], ENV, b"/", flags=chance.randrange(16))]
             )
         )
         for _ in range(chance.randrange(4)):
@@ -968,14 +877,14 @@ def test_garbage_ends_cleanly(agents: Callable[..., Agent], seed: int) -> None:
 # The other modes
 
 
-def test_version(binary: str) -> None:
+def test_version() -> None:
     """--version prints the version of the protocol, the same on both sides."""
-    assert subprocess.check_output([binary, "--version"]) == b"%d\n" % protocol.VERSION
+    assert subprocess.check_output([binary(), "--version"]) == b"%d\n" % protocol.VERSION
 
 
-def test_user_namespace(binary: str) -> None:
+def test_user_namespace() -> None:
     """--userns holds a new user namespace, whose maps the launcher can write, until its input ends."""
-    with subprocess.Popen([binary, "--userns"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([binary(), "--userns"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
         assert process.stdout.read(1) == b"R"
@@ -986,9 +895,9 @@ def test_user_namespace(binary: str) -> None:
         assert process.wait(WAIT_S) == 0
 
 
-def test_no_control_descriptor(binary: str) -> None:
+def test_no_control_descriptor() -> None:
     """Without its control connection the agent does nothing."""
-    assert subprocess.run([binary], check=False).returncode == 125
+    assert subprocess.run([binary()], check=False).returncode == 125
 
 
 def test_agent_is_small_in_memory(agent: Agent) -> None:

@@ -5,14 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import ringfence
+from ringfence.host import gvisor, places
 from ringfence.host.detect import detect
 from ringfence.host.enforce import FIELDS
-from ringfence.host.facts import host_digest
+from ringfence.host.facts import TRIAL_S, Host, Runtime, host_digest
+from ringfence.host.gvisor import gvisor_facts
+from ringfence.linux.kvm import probe_kvm
 
 SOURCE = str(Path(ringfence.__file__).parents[1])
 DOCS = Path(__file__).parents[2] / "docs/doctor.md"
@@ -89,7 +94,8 @@ def test_the_matrix_has_every_field() -> None:
     """--matrix says for every policy field how it is enforced or why it is not, and what to do."""
     text = doctor("--matrix").stdout
     assert all(f" {field} " in text for field in FIELDS)
-    assert "gvisor: the gvisor tier is not built yet" in text
+    assert "microvm: the microvm tier is not built yet" in text
+    assert ("gvisor: runsc is not installed" in text) == (not places.find("runsc"))
     cells = json.loads(doctor("--matrix", "--json").stdout)["matrix"]
     assert len(cells) == 3 * len(FIELDS)
     assert all(cell["mechanism"] if cell["enforced"] else cell["reason"] and cell["hint"] for cell in cells)
@@ -99,11 +105,106 @@ def test_the_matrix_has_every_field() -> None:
 
 def test_a_tier_that_is_not_there_fails() -> None:
     """-i with a tier that cannot run here exits 1 and says why; an unknown one is a usage error."""
-    answer = doctor("-i", "gvisor")
+    answer = doctor("-i", "microvm")
     assert answer.returncode == 1
     assert "not built yet" in answer.stdout
     assert doctor("-i", "nosuch").returncode == 2
     assert doctor("surplus").returncode == 2
+
+
+def processes_with(word: str) -> list[str]:
+    """Return the command lines of this machine's processes that hold `word`, those of others as well."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if word in line:
+            found.append(line)
+    return found
+
+
+def gone(word: str, patience_s: float = 2.0) -> bool:
+    """Whether soon no process has `word` on its command line: the kernel ends a pid namespace in its own time."""
+    deadline = time.monotonic() + patience_s
+    while processes_with(word):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def mounts() -> set[str]:
+    """Return the mount points of this process."""
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def test_kvm_is_judged_by_running_a_guest() -> None:
+    """The trial ends in time, leaves no process, and its reason and the facts agree."""
+    before = time.monotonic()
+    reason = probe_kvm(1.0)
+    assert time.monotonic() - before < 1.5
+    assert gone("linux/kvm.py")
+    host = detect()
+    assert host.kvm_reason == reason
+    assert (host.kvm == "works") == (reason == "")
+    assert "\n" not in reason
+    if not os.path.exists("/dev/kvm"):
+        assert host.kvm == "absent"
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm to open")
+def test_a_guest_that_takes_too_long_is_killed() -> None:
+    """A trial that is not over in time is killed and is no success."""
+    assert probe_kvm(0.001) == "the guest did not finish within 0.001 s"
+    assert gone("linux/kvm.py")
+
+
+@pytest.mark.requires("userns")
+@pytest.mark.parametrize("then", ["sleep 60.25", "setsid sleep 60.25 & exec sleep 60.25"])
+def test_a_runsc_that_hangs_is_killed(then: str, tmp_path: Path) -> None:
+    """Each platform gets a second, and then nothing of the trial is left: no process, no mount, no file."""
+    program = tmp_path / "runsc"
+    flags = (*gvisor._RUN_FLAGS, *gvisor._GLOBAL_FLAGS)
+    listed = "".join(f"printf '  -{flag} value\\n'\n" for flag in flags)
+    program.write_text(f"#!/bin/sh\ncase $1 in help|flags)\n{listed} exit;; esac\ntouch $2/state\n{then}\n")
+    program.chmod(0o755)
+    home = tmp_path / "run"
+    home.mkdir()
+    host = msgspec.structs.replace(
+        detect(), runtimes={"runsc": Runtime(path=str(program))}, run_dir=str(home)
+    )
+    before, mounted = time.monotonic(), mounts()
+    facts = gvisor_facts(host)
+    took_s = time.monotonic() - before
+    assert facts is not None
+    assert (facts.missing, facts.platforms) == ((), ())
+    reason = f"did not run a program within {TRIAL_S:g} s"
+    assert (facts.reasons["systrap"], facts.reasons["ptrace"]) == (reason, reason)
+    tried = 3 if host.kvm == "works" else 2
+    assert tried * TRIAL_S <= took_s < tried * (TRIAL_S + 0.75)
+    assert gone("sleep 60.25")
+    assert mounts() == mounted
+    assert os.listdir(home) == []
+
+
+@pytest.mark.skipif(not places.find("runsc"), reason="runsc is not installed")
+def test_runsc_is_judged_by_running_a_program() -> None:
+    """Each platform either ran a program or has a reason, and of the trials nothing is left."""
+    host: Host = detect()
+    mounted, states = mounts(), Path("/var/run/runsc").exists()
+    facts = gvisor_facts(host)
+    assert facts is not None
+    if not facts.missing:
+        assert set(facts.platforms) | set(facts.reasons) == {"kvm", "systrap", "ptrace"}
+    assert not set(facts.platforms) & set(facts.reasons)
+    assert gone(f"--root {host.run_dir} --platform=")
+    assert mounts() == mounted
+    assert Path("/var/run/runsc").exists() == states
+    answer = doctor("-i", "gvisor")
+    assert answer.returncode == (0 if "missing" not in answer.stdout else 1)
+    assert ("gVisor platform" in answer.stdout) == bool(facts.platforms)
 
 
 def other_user_can_import() -> bool:

@@ -16,6 +16,7 @@ from weakenings import ELSEWHERE, TABLE, operation
 
 import ringfence.runtime.bundle as runtime_bundle
 import ringfence.runtime.linux as runtime_linux
+import ringfence.runtime.ring as runtime_ring
 from boxes import UNTHROTTLED, Sandboxes, bind
 from ringfence.errors import ProofError
 from ringfence.linux import libc
@@ -96,7 +97,7 @@ def test_weakened_control_is_seen(
     if weakening.config is not None:
         monkeypatch.setattr(runtime_bundle, "instantiate", changed(weakening.config))
     if weakening.maps:
-        monkeypatch.setattr(runtime_linux, "make_userns", with_smaller_map(runtime_linux.make_userns))
+        monkeypatch.setattr(runtime_ring, "make_userns", with_smaller_map(runtime_ring.make_userns))
     seen: list[launch.Running] = []
 
     def before_job(running: launch.Running) -> None:

@@ -5,6 +5,7 @@ import msgspec
 from ringfence.host.facts import (
     BlockDevice,
     CgroupFacts,
+    GvisorFacts,
     Host,
     IdRange,
     Runtime,
@@ -51,6 +52,14 @@ ROOT_V1 = Host(
     run_dir="/run/ringfence",
 )
 ROOT_V1_RUNC = msgspec.structs.replace(ROOT_V1, runtimes={"runc": RUNC})
+RUNSC = Runtime(path="/usr/bin/runsc", version_text="runsc version 0.0~20240729.0")
+ROOT_V1_GVISOR = msgspec.structs.replace(
+    ROOT_V1,
+    runtimes={**ROOT_V1.runtimes, "runsc": RUNSC},
+    gvisor=GvisorFacts(
+        platforms=("systrap",), reasons={"kvm": "/dev/kvm is not there", "ptrace": "not needed"}, missing=()
+    ),
+)
 HYBRID = msgspec.structs.replace(
     ROOT_V1,
     cgroup=msgspec.structs.replace(
@@ -87,6 +96,9 @@ USER_V2 = msgspec.structs.replace(
     ids=_IDS,
     state_dir="/home/user/.local/share/ringfence",
     run_dir="/run/user/1000/ringfence",
+)
+USER_V2_GVISOR = msgspec.structs.replace(
+    USER_V2, runtimes=ROOT_V1_GVISOR.runtimes, gvisor=ROOT_V1_GVISOR.gvisor
 )
 USER_V1 = msgspec.structs.replace(
     USER_V2,

@@ -134,3 +134,18 @@ def test_the_hot_path_imports_nothing_heavy() -> None:
 def test_the_key_reads_files_that_the_kernel_gives_page_by_page() -> None:
     """The end of a long list, such as that of AppArmor's profiles, is part of the key too."""
     assert len(cache._text("/proc/kallsyms")) > 1 << 16
+
+
+def test_the_key_knows_a_device_that_comes_and_goes(tmp_path: Path) -> None:
+    """A device node that appears, may not be opened any more or is made anew is another one for the key."""
+    device = tmp_path / "kvm"
+    absent = cache._device(str(device))
+    device.touch(0o600)
+    there = cache._device(str(device))
+    device.chmod(0o000)
+    closed = cache._device(str(device))
+    (tmp_path / "other").touch(0o600)
+    (tmp_path / "other").rename(device)
+    again = cache._device(str(device))
+    assert len({absent, there, closed, again}) == 4
+    assert cache._device(str(device)) == again

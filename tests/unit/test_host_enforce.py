@@ -7,6 +7,7 @@ from ringfence.host.checks import checks, ready
 from ringfence.host.enforce import (
     FIELDS,
     TIERS,
+    Enforcement,
     Tier,
     asks,
     enforcement,
@@ -18,6 +19,7 @@ from ringfence.host.enforce import (
 from ringfence.host.facts import (
     BlockDevice,
     CgroupFacts,
+    GvisorFacts,
     Host,
     IdRange,
     Lsm,
@@ -25,6 +27,7 @@ from ringfence.host.facts import (
     SubordinateIds,
     UserNamespaces,
 )
+from ringfence.host.sentry import lack
 from ringfence.policy.load import load, override
 
 V1 = ("blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "memory", "pids")
@@ -81,11 +84,24 @@ USER = msgspec.structs.replace(
         newgidmap="/usr/bin/newgidmap",
     ),
 )
+GVISOR_V1, GVISOR_V2 = (
+    msgspec.structs.replace(
+        host,
+        runtimes=host.runtimes | {"runsc": Runtime(path="/usr/bin/runsc", version=(20240729, 0, 0))},
+        gvisor=GvisorFacts(platforms=("systrap",), reasons={"kvm": "KVM is absent"}),
+    )
+    for host in (ROOT_V1, ROOT_V2)
+)
 
 
 def with_cgroup(host: Host, **changes: object) -> Host:
     """Return `host` with some facts about its control groups changed."""
     return msgspec.structs.replace(host, cgroup=msgspec.structs.replace(host.cgroup, **changes))
+
+
+def column(host: Host, tier: Tier) -> dict[str, Enforcement]:
+    """Return one column of the table, by field."""
+    return {cell.field: cell for cell in matrix(host) if cell.tier == tier}
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -107,12 +123,107 @@ def test_root_can_enforce_every_preset(preset: str, host: Host) -> None:
     assert refusals(load(preset), "linux", host) == []
 
 
-@pytest.mark.parametrize("tier", ["gvisor", "microvm"])
-def test_tiers_that_do_not_exist_enforce_nothing(tier: Tier) -> None:
+def test_a_tier_that_does_not_exist_enforces_nothing() -> None:
     """A tier that is not built says so for every field, and never seems to enforce one."""
-    cells = [cell for cell in matrix(ROOT_V1) if cell.tier == tier]
-    assert len(cells) == len(FIELDS)
-    assert {cell.reason for cell in cells} == {f"the {tier} tier is not built yet"}
+    cells = column(ROOT_V1, "microvm")
+    assert list(cells) == list(FIELDS)
+    assert {cell.reason for cell in cells.values()} == {"the microvm tier is not built yet"}
+
+
+@pytest.mark.parametrize("host", [GVISOR_V1, GVISOR_V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("preset", ["trusted", "untrusted", "hostile", "ci", "service", "tenants"])
+def test_gvisor_can_enforce_every_preset(preset: str, host: Host) -> None:
+    """On an ordinary host root needs no --allow-unenforced for any preset at the gvisor tier either."""
+    assert refusals(load(preset), "gvisor", host) == []
+
+
+def test_gvisor_says_who_keeps_a_field() -> None:
+    """What the sandbox is held to at the gvisor tier is kept by gVisor itself, around it, or both."""
+    outside = ("isolation", "floor", "image.", "host.", "limits.time", "limits.output")
+    for field, cell in column(GVISOR_V2, "gvisor").items():
+        if cell.enforced and not field.startswith(outside):
+            assert cell.mechanism.startswith(("gVisor itself: ", "around gVisor: ")), field
+    told = {field: cell.mechanism for field, cell in column(GVISOR_V2, "gvisor").items()}
+    for field in ("user", "capabilities", "seccomp", "network.mode", "limits.pids"):
+        assert "gVisor itself: " in told[field], field
+        assert "around gVisor: " in told[field], field
+
+
+def test_gvisor_refuses_what_it_cannot_keep() -> None:
+    """Host devices, kernel parameters and a label of the job's own are refused, never passed over in silence."""
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"devices": ["/dev/null:rw", "/dev/fuse:rw"]}, "devices"),
+        ({"sysctls": {"net.ipv4.ip_unprivileged_port_start": "0"}}, "sysctls"),
+        ({"lsm": "required"}, "lsm"),
+        ({"network.mode": "egress"}, "network.mode"),
+    ]
+    for changes, field in cases:
+        refused = refusals(override(load("untrusted"), changes), "gvisor", GVISOR_V1)
+        assert [cell.field for cell in refused] == [field]
+        assert refused[0].hint
+    nothing_of_the_host = {"devices": ["/dev/null:rw"], "lsm": "default", "sysctls": {}}
+    assert refusals(override(load("untrusted"), nothing_of_the_host), "gvisor", GVISOR_V1) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "fields"),
+    [
+        ("SYS_ADMIN", ["limits.pids", "limits.threads"]),
+        ("SYS_RESOURCE", ["limits.pids", "limits.threads"]),
+        ("SETUID", ["limits.pids"]),
+        ("NET_BIND_SERVICE", []),
+    ],
+)
+def test_capabilities_that_lift_the_count_of_processes_in_gvisor(capability: str, fields: list[str]) -> None:
+    """gVisor counts by RLIMIT_NPROC alone: with a capability that is above it, the limit is refused, not claimed."""
+    policy = override(load("untrusted"), {"capabilities": [capability]})
+    assert [cell.field for cell in refusals(policy, "gvisor", GVISOR_V1)] == fields
+    assert refusals(policy, "linux", GVISOR_V1) == []
+
+
+def test_rlimits_of_gvisor_are_its_own() -> None:
+    """Hard limits of the launcher bind the linux tier; inside gVisor they are limits of another kernel."""
+    policy = override(load("untrusted"), {"limits.open_files": 20001})
+    assert [cell.field for cell in refusals(policy, "linux", GVISOR_V1)] == ["limits.open_files"]
+    assert refusals(policy, "gvisor", GVISOR_V1) == []
+
+
+def test_gvisor_needs_the_control_groups_of_its_ring() -> None:
+    """What cgroups keep on the linux tier is refused without them at the gvisor tier too, with the same hint."""
+    refused = {cell.field: cell for cell in refusals(load("untrusted"), "gvisor", USER)}
+    assert set(CGROUP_FIELDS) - {"limits.cpuset"} <= set(refused)
+    assert all("Delegate=yes" in cell.hint for cell in refused.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"runtimes": ROOT_V1.runtimes}, "not installed"),
+        ({"gvisor": GvisorFacts(missing=("--pass-fd",))}, "--pass-fd"),
+        ({"gvisor": GvisorFacts(reasons={"systrap": "it broke"})}, "systrap: it broke"),
+    ],
+)
+def test_a_gvisor_that_cannot_be_used_is_told(changes: dict[str, object], word: str) -> None:
+    """Without a runsc, flags or a platform the matrix says so for each field, and the tier is not ready."""
+    host = msgspec.structs.replace(GVISOR_V1, **changes)
+    told = lack(host)
+    assert told is not None
+    assert word in told.reason
+    assert told.hint
+    assert {cell.reason for cell in column(host, "gvisor").values()} == {told.reason}
+    assert not ready(checks(host, "gvisor"))
+    assert ready(checks(host, "linux"))
+
+
+def test_gvisor_is_ready_only_after_a_trial() -> None:
+    """A runsc that is installed but was not tried is never taken for one that works."""
+    assert lack(GVISOR_V1) is None
+    assert ready(checks(GVISOR_V1, "gvisor"))
+    assert not ready(checks(msgspec.structs.replace(GVISOR_V1, gvisor=None), "gvisor"))
+    slow = msgspec.structs.replace(GVISOR_V1, gvisor=GvisorFacts(platforms=("ptrace",)))
+    assert [check.level for check in checks(slow, "gvisor") if check.name == "gVisor platform"] == ["warn"]
+    # The ring is a container of the linux tier.
+    assert not ready(checks(msgspec.structs.replace(GVISOR_V1, seccomp_filter=False), "gvisor"))
 
 
 def test_swap_zero_is_asked_for() -> None:

@@ -17,7 +17,7 @@ from ringfence.host.detect import (
     namespace_permission,
     swap_total,
 )
-from ringfence.host.facts import CgroupFacts, Host, IdRange, Runtime, host_digest
+from ringfence.host.facts import CgroupFacts, GvisorFacts, Host, IdRange, Runtime, host_digest
 from ringfence.host.places import find
 from ringfence.host.runtimes import described, runtimes, trustworthy
 from ringfence.host.storage import block_device, filesystem_in, idmapped
@@ -43,6 +43,9 @@ def test_a_host_survives_json_and_has_one_digest() -> None:
         hard_limits={"nofile": 20000, "core": None},
         runtimes={"crun": Runtime(path="/usr/bin/crun", version=(1, 8, 1))},
         cgroup=CgroupFacts(version="v1", mounts={"cpu": "/c", "memory": "/m"}),
+        kvm="unusable",
+        kvm_reason="internal error",
+        gvisor=GvisorFacts(platforms=("systrap",), reasons={"kvm": "no"}),
     )
     again = msgspec.json.decode(msgspec.json.encode(host), type=Host)
     assert again == host
@@ -162,6 +165,8 @@ def test_who_may_make_user_namespaces() -> None:
         ("crun version 1.8.1\ncommit: f8a0", (1, 8, 1)),
         ("runc version 1.1.5+ds1\nspec: 1.0.2-dev", (1, 1, 5)),
         ("runsc version release-20240729.0\nspec: 1.1.0-rc.1", (20240729, 0, 0)),
+        ("runsc version 0.0~20240729.0\nspec: 1.2.0", (20240729, 0, 0)),
+        ("runsc version 1.0.2", (1, 0, 2)),
         ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)", (7, 2, 22)),
         ("Firecracker v1.7.0\n", (1, 7, 0)),
         ("", (0, 0, 0)),

@@ -61,14 +61,33 @@ PLANS: dict[str, Callable[[], Plan]] = {
         msgspec.structs.replace(given.USER_V1, ids=type(given.USER_V1.ids)()),
         allow_unenforced=given.CGROUP_FIELDS | {"user", "limits.threads"},
     ),
+    "v1-root-gvisor-untrusted": lambda: make_plan(
+        given.policy(isolation="gvisor"), given.BASE, given.ROOT_V1_GVISOR
+    ),
+    "v1-root-gvisor-mounts": lambda: make_plan(
+        given.policy(
+            isolation="gvisor",
+            filesystem__mounts=list(given.MOUNTS),
+            filesystem__sysfs=True,
+            filesystem__root="writable",
+            capabilities=["NET_BIND_SERVICE"],
+        ),
+        msgspec.structs.replace(given.BASE, sources=given.SOURCES[:3]),
+        given.ROOT_V1_GVISOR,
+        allow_unenforced=frozenset({"limits.io.write", "limits.io.write_iops"}),
+    ),
+    "v2-user-gvisor-untrusted": lambda: make_plan(
+        given.policy(isolation="gvisor"), given.BASE, given.USER_V2_GVISOR
+    ),
 }
 
 
 def rendered(plan: Plan) -> str:
     """Return the plan as a golden file has it."""
     shown = copy.deepcopy(plan)
-    seccomp = json.dumps(shown["oci"]["linux"]["seccomp"]).encode()
-    shown["oci"]["linux"]["seccomp"] = f"sha256:{hashlib.sha256(seccomp).hexdigest()}"  # type: ignore[typeddict-item]
+    for oci in (shown["oci"], *([shown["guest"]["oci"]] if shown["guest"] else [])):
+        seccomp = json.dumps(oci["linux"]["seccomp"]).encode()
+        oci["linux"]["seccomp"] = f"sha256:{hashlib.sha256(seccomp).hexdigest()}"  # type: ignore[typeddict-item]
     for name in ("digest", "policy_digest", "host_digest"):
         assert shown.pop(name).startswith("sha256:")  # type: ignore[misc]
     return json.dumps(shown, indent=1) + "\n"

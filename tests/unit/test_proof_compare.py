@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import plan_inputs as inputs
 import pytest
@@ -214,7 +218,7 @@ def test_without_root_the_agent_stands_in_for_what_a_user_may_not_see(take: Take
     assert proof["holds"]
     assert line_of(proof, "descriptors")["vantage"] == "reported"
     assert line_of(proof, "hostname")["ok"] is None
-    assert failures(take(user, seen, descriptors=4)) == ["descriptors: asked 0, 1, 2, observed 0, 1, 2, 3"]
+    assert failures(take(user, seen, descriptors=4)) == ["descriptors: asked 0, 1, 2, reported 0, 1, 2, 3"]
     del seen["seccomp.mode"]
     assert [said.partition(":")[0] for said in failures(take(user, seen))] == ["seccomp.mode"]
 
@@ -245,6 +249,71 @@ def test_a_line_of_mountinfo(line: str, target: str, shown: str) -> None:
     """Optional fields, escapes and sizes as the kernel writes them."""
     mount = Mount(line)
     assert (mount.target, mount.words()) == (target, shown)
+
+
+def test_only_a_newline_ends_a_line_of_mountinfo() -> None:
+    """Other characters that end lines for Python may stand in a path, and neither make a mount nor hide one."""
+    text = "1 1 0:1 / /a\x0b\x85\u2028b rw - ext4 /dev/x rw\n1 1 0:1 / /c ro - ext4 /dev/x rw\n"
+    assert [mount.target for mount in observe.mountinfo(text)] == ["/a\x0b\x85\u2028b", "/c"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "inside"),
+    [
+        (f"{0x70000000}\t" * 4, 0),
+        (f"{0x70000000 + 1000}\t" * 4, 1000),
+        (f"{0x70000000}\t0\t{0x70000000}\t{0x70000000}", -1),
+        (f"{0x70000000 + 65536}\t" * 4, -0x70010000 - 1),
+        ("0\t0\t0\t0", -1),
+    ],
+)
+def test_ids_that_differ_are_not_those_of_root(ids: str, inside: int) -> None:
+    """Only four equal ids in the range are an id of the sandbox; whatever else is seen equals none that is asked."""
+    (seen, _) = observe.status(f"Uid:\t{ids}\n", "")["credentials.uid"]
+    subject = Subject(pid=1, base=0x70000000, size=65536, cgroup=None, rules=())
+    assert isinstance(seen, int)
+    assert observe.inside(subject, seen, 0) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("65536", 65536),
+        ("64k", 65536),
+        ("8m", 8 << 20),
+        ("1g", 1 << 30),
+        ("", -1),
+        ("k", None),
+        ("-1", None),
+        ("1_0", None),
+        ("²", None),
+        ("٣", None),
+        ("9" * 21, None),
+        ("0x10", None),
+    ],
+)
+def test_a_size_is_a_plain_number(text: str, shown: int | None) -> None:
+    """As a kernel writes it, and nothing that Python would take for a number besides."""
+    if shown is not None:
+        assert observe.size(text) == shown
+    else:
+        with pytest.raises(ValueError, match="not a number"):
+            observe.size(text)
+
+
+def test_texts_of_this_very_process_are_read_as_it_is_observed() -> None:
+    """One set of functions reads the files of any kernel, and agrees with what is known here by other means."""
+    me = Path("/proc/self")
+    status = observe.status((me / "status").read_text(), "")
+    assert status["credentials.uid"] == (os.getuid() if os.getuid() == os.geteuid() else -1, "")
+    assert status["credentials.groups"] == ([str(number) for number in sorted(os.getgroups())], "")
+    limits = observe.limits((me / "limits").read_text(), "")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert limits["rlimit.nofile"] == (soft if soft == hard else f"{soft} soft, {hard} hard", "")
+    interfaces = observe.interfaces((me / "net/dev").read_text(), "")
+    assert interfaces["network.interfaces"] == (sorted(name for _, name in socket.if_nameindex()), "")
+    assert observe.id_maps(*(2 * [(me / "uid_map").read_text()])).split()[0] == "0"
+    assert {mount.target for mount in observe.mountinfo((me / "mountinfo").read_text())} >= {"/", "/proc"}
 
 
 @pytest.mark.parametrize(

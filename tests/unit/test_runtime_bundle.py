@@ -36,9 +36,9 @@ def test_what_differs_is_filled_in_and_nothing_else() -> None:
     """Root, host name, ids, user namespace and cgroup are the sandbox's own."""
     plan = PLANS["root"]
     before = copy.deepcopy(plan)
-    oci = instantiate(plan, instance_in("/run/x"), root="/run/s/root", userns="/proc/1/fd/7")
+    oci = instantiate(plan, instance_in("/run/x"), userns="/proc/1/fd/7")
     assert plan == before
-    assert oci["root"] == {"path": "/run/s/root", "readonly": True}
+    assert oci["root"] == {"path": "/run/ringfence/staging/root", "readonly": True}
     assert oci["hostname"] == "0123456789ab"
     assert oci["linux"]["cgroupsPath"] == "/ringfence/0123456789ab"
     mapping = [{"containerID": 0, "hostID": 0x70000000, "size": 65536}]
@@ -55,7 +55,7 @@ def test_what_differs_is_filled_in_and_nothing_else() -> None:
 
 def test_a_users_sandbox_makes_no_second_user_namespace() -> None:
     """It is set up inside one; the runtime gets no map and no namespace to join."""
-    oci = instantiate(PLANS["user"], instance_in("/run/x"), root="/s/root", userns="")
+    oci = instantiate(PLANS["user"], instance_in("/run/x"), userns="")
     assert "user" not in {space["type"] for space in oci["linux"]["namespaces"]}
     assert oci["linux"]["uidMappings"] == oci["linux"]["gidMappings"] == []
     assert BY_RUN not in json.dumps(oci)
@@ -69,9 +69,9 @@ def test_a_users_ids_are_his_own_as_root_and_a_range() -> None:
 
 def test_two_sandboxes_of_one_plan_share_nothing() -> None:
     """A plan is kept and used again: one sandbox's ids must not show in the next one's."""
-    first = instantiate(PLANS["root"], instance_in("/a"), root="/s", userns="/proc/1/fd/7")
+    first = instantiate(PLANS["root"], instance_in("/a"), userns="/proc/1/fd/7")
     first["linux"]["uidMappings"][0]["size"] = 1
-    again = instantiate(PLANS["root"], instance_in("/b"), root="/s", userns="/proc/1/fd/8")
+    again = instantiate(PLANS["root"], instance_in("/b"), userns="/proc/1/fd/8")
     assert again["linux"]["uidMappings"][0]["size"] == 65536
     assert {"type": "user", "path": "/proc/1/fd/8"} in again["linux"]["namespaces"]
 
@@ -79,17 +79,17 @@ def test_two_sandboxes_of_one_plan_share_nothing() -> None:
 def test_the_bundle_is_the_callers_alone(tmp_path: Path) -> None:
     """Nobody else can read it, and it is not written through anything that lies there already."""
     instance = instance_in(tmp_path)
-    write_config(PLANS["root"], instance, root="/s/root", userns="/proc/1/fd/7")
+    write_config(PLANS["root"], instance, userns="/proc/1/fd/7")
     path = tmp_path / "config.json"
     assert path.stat().st_mode & 0o777 == 0o600
     written = json.loads(path.read_text())
-    assert written == instantiate(PLANS["root"], instance, root="/s/root", userns="/proc/1/fd/7")
+    assert written == instantiate(PLANS["root"], instance, userns="/proc/1/fd/7")
     with pytest.raises(HostError, match="File exists"):
-        write_config(PLANS["root"], instance, root="/s/root", userns="")
+        write_config(PLANS["root"], instance, userns="")
     path.unlink()
     os.symlink("/dev/full", path)
     with pytest.raises(HostError, match=r"cannot write .*/config\.json") as caught:
-        write_config(PLANS["root"], instance, root="/s/root", userns="")
+        write_config(PLANS["root"], instance, userns="")
     assert "RINGFENCE_RUN_DIR" in caught.value.hint
 
 

@@ -182,6 +182,32 @@ class Cgroup:
         """
         return readings.observed(self.layout, self.path)
 
+    def unreclaimable_bytes(self) -> int:
+        """Return how much memory the group uses that is not cache of files, in bytes; 0 if it is gone."""
+        return readings.unreclaimable_bytes(self.layout, self.path)
+
+    def limit_memory(self, limit_bytes: int, swap_bytes: int | None) -> None:
+        """Lower the memory limit, and that of memory and swap with it where `swap_bytes` is not None.
+
+        Raises HostError when the kernel does not take it: then more is in use than that.
+        """
+        mount = self.layout.mount_of("memory")
+        rows = [("memory.max" if self.layout.version == "v2" else "memory.limit_in_bytes", limit_bytes)]
+        if swap_bytes is not None and self.layout.version != "v2":
+            rows.append(("memory.memsw.limit_in_bytes", limit_bytes + swap_bytes))
+        try:
+            directory = files.open_directory(mount, self.path)
+            try:
+                for name, value in rows:
+                    files.write_at(directory, name, str(value))
+            finally:
+                os.close(directory)
+        except OSError as err:
+            raise HostError(
+                f"cannot set the memory limit of {self.path} to {limit_bytes} bytes: {err.strerror}",
+                hint="raise limits.memory (--memory)",
+            ) from err
+
     def remove(self, *, timeout_s: float = 5.0) -> None:
         """Remove the group and those below it from every hierarchy; one that is not there is fine.
 

@@ -133,6 +133,19 @@ def _usage_v2(group: Reader) -> Usage:
     }
 
 
+def unreclaimable_bytes(layout: Layout, path: str) -> int:
+    """Return how much of the group's memory is not just cache of files; 0 where nothing is counted.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v1/memory.html (memory.stat) and cgroup-v2.html (memory.stat)
+    """
+    v2 = layout.version == "v2"
+    with Reader(layout, path) as group:
+        used = group.number("memory", "memory.current" if v2 else "memory.usage_in_bytes") or 0
+        found = flat(group.text("memory", "memory.stat"))
+    names = ("active_file", "inactive_file") if v2 else ("total_active_file", "total_inactive_file")
+    return max(0, used - sum(found.get(name, 0) for name in names))
+
+
 def oom_kills(layout: Layout, path: str) -> int:
     """Return how many processes of the group and of those below it were killed for lack of memory."""
     mount = layout.mount_of("memory")

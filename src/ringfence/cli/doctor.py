@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from ringfence.host.checks import Check
     from ringfence.host.enforce import Enforcement
+    from ringfence.host.facts import Host
 
 _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "missing": "\033[31m", "no": "\033[31m"}
 _EXAMPLE = "example: ringfence doctor --matrix"
@@ -20,10 +21,9 @@ def main(argv: list[str]) -> int:
     """Print the report; exit status 0 if the tier can run here, 1 otherwise, 2 for a bad command line."""
     options = _parser().parse_args(argv)
     from ringfence.host.checks import checks, ready
-    from ringfence.host.detect import detect
     from ringfence.host.enforce import TIERS, matrix
 
-    host = detect()
+    host = _detected()
     found = checks(host, options.isolation or "linux")
     good = ready(found)
     tiers = (options.isolation,) if options.isolation else TIERS
@@ -40,6 +40,17 @@ def main(argv: list[str]) -> int:
         print("\n".join(check_lines(found, colour=_colour())))
         print(f"\nThe {options.isolation or 'linux'} tier can{'' if good else 'not'} run here.")
     return 0 if good else 1
+
+
+def _detected() -> "Host":
+    """Return the facts as they are now: nothing kept is believed, and nothing is kept."""
+    from msgspec.structs import replace
+
+    from ringfence.host.detect import detect
+    from ringfence.host.gvisor import gvisor_facts
+
+    host = detect()
+    return replace(host, gvisor=gvisor_facts(host))
 
 
 def check_lines(found: "tuple[Check, ...]", *, colour: bool) -> list[str]:
@@ -66,9 +77,9 @@ def matrix_lines(cells: "tuple[Enforcement, ...]", *, colour: bool) -> list[str]
         if len(reasons) == 1 and not column[0].enforced:
             last.append(f"{tier}: {one_line(reasons.pop())}")
             continue
-        lines.append(f"{tier}:")
+        lines += ["", f"{tier}:"] if lines else [f"{tier}:"]
         lines += [line for cell in column for line in _cell_lines(cell, width, colour)]
-    return [*lines, "", *last] if lines else last
+    return [*lines, "", *last] if lines and last else lines or last
 
 
 def _cell_lines(cell: "Enforcement", width: int, colour: bool) -> list[str]:

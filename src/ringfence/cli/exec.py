@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         [os.fsencode(word) for word in command],
         [os.fsencode(item) for item in env],
         os.fsencode(args.workdir or str(record.get("cwd", "/"))),
-        flags=protocol.HOLD | (protocol.TTY if args.tty else 0),
+        flags=protocol.HOLD | (_terminal_flags(record) if args.tty else 0),
         cols=window(1)[0] if args.tty else 0,
         rows=window(1)[1] if args.tty else 0,
     )
@@ -103,6 +103,10 @@ def _find(name: str) -> Entry:
     if not entry.alive():
         raise not_running(entry)
     return entry
+
+
+def _terminal_flags(record: dict[str, object]) -> int:
+    return protocol.TTY if record.get("isolation") == "linux" else protocol.TTY | protocol.RELAY
 
 
 def _texts(found: object) -> list[str]:
@@ -166,7 +170,7 @@ class _Job:
             pipes.close()
 
     def _with_terminal(self) -> Attendance:
-        self.session.start(self.frame, ())
+        self.session.start_with_terminal(self.frame)
         master, self.session.pty = self.session.pty, -1
         source = Source(os.dup(master), fd=0 if self.interactive else -1, end=_END_OF_INPUT)
         return self._attendance({master: Forward(1)}, source)

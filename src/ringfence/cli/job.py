@@ -6,6 +6,7 @@ import stat
 import sys
 
 from ringfence.cli.terminal import RawTerminal, Signals, window
+from ringfence.errors import one_line
 from ringfence.sandbox import protocol
 from ringfence.sandbox.run import MOST_COLLECTED_BYTES, Pipes, deadline_s, finish, start_job
 from ringfence.sandbox.streams import Attendance, Budget, Collect, Forward, Source
@@ -46,11 +47,7 @@ class Job:
 
     def detach(self) -> bool:
         """Leave the job to its agent; True once it runs."""
-        log = os.open(
-            self.running.entry.log_path(),
-            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o600,
-        )
+        log = self.running.open_log()
         try:
             self._start((log,), protocol.DETACH | (protocol.TTY if self.args.tty else 0))
         finally:
@@ -67,10 +64,7 @@ class Job:
         budget = Budget(MOST_COLLECTED_BYTES if limit is None and self.args.json else limit)
         out: Sink = Collect() if self.args.json else Forward(1)
         err: Sink = Collect() if self.args.json else Forward(2)
-        if self.args.tty:
-            ending = self._attend_tty(budget)
-        else:
-            ending = self._attend_pipes(budget, out, err)
+        ending = self._attend_tty(budget) if self.args.tty else self._attend_pipes(budget, out, err)
         result = finish(
             self.running,
             ending,
@@ -79,6 +73,8 @@ class Job:
             bytes(err.data) if isinstance(err, Collect) else b"",
         )
         _explain(result, plan, budget)
+        for text in result.notes:
+            print(f"ringfence: {one_line(text)}", file=sys.stderr)
         if self.args.usage:
             print(f"ringfence: used {_usage(result)}", file=sys.stderr)
         if self.args.json:

@@ -35,6 +35,12 @@ WHAT = (
     Flag("--platform", metavar="OS/ARCH", default="", help="of an image for several; default: this host's"),
     Flag("--runtime", choices=("crun", "runc"), help="default: the first that works here"),
     Flag(
+        "--gvisor-platform",
+        choices=("kvm", "systrap", "ptrace"),
+        default="",
+        help="how gVisor gets at system calls; default: the best here",
+    ),
+    Flag(
         "--allow-unenforced",
         kind="list",
         metavar="FIELD,...",
@@ -135,6 +141,7 @@ def request(args: "argparse.Namespace") -> Request:
         runtime=args.runtime or "",
         pull=args.pull,
         platform=args.platform,
+        gvisor_platform=args.gvisor_platform,
         teller=_teller,
         allow_unenforced=tuple(field for item in args.allow_unenforced for field in item.split(",")),
     )

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
         import json
 
         job = {"argv": command, "env": env, "cwd": args.workdir or plan["cwd"]}
-        print(json.dumps(plan["oci"] if args.oci else {**plan, "job": job}, indent=2))
+        shown = plan["oci"] if plan["guest"] is None else plan["guest"]["oci"]
+        print(json.dumps(shown if args.oci else {**plan, "job": job}, indent=2))
         return 0
     print("\n".join(_lines(plan, command, env, args.workdir or plan["cwd"])))
     return 0
@@ -71,6 +72,7 @@ def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[s
     oci, user = plan["oci"], plan["user"]
     lines = [
         f"isolation  {plan['isolation']}, by {plan['runtime']['path']} ({one_line(plan['runtime']['version'])})",
+        *_guest_lines(plan),
         f"image      {one_line(plan['image']['name'])}  {plan['image']['digest']}",
         f"policy     {plan['policy_digest']}",
         f"plan       {plan['digest']}",
@@ -91,9 +93,26 @@ def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[s
         "controls that the proof must find:",
         *(f"  {control['name']} = {_asked(control)}" for control in plan["controls"]),
     ]
+    lines += [f"  note: {one_line(text)}" for text in plan["warnings"]]
     for item in plan["unenforced"]:
         lines.append(f"  {item['field']}: NOT enforced, as allowed: {item['reason']}")
     return lines
+
+
+def _guest_lines(plan: "Plan") -> list[str]:
+    guest = plan["guest"]
+    if guest is None:
+        return []
+    mounts = (
+        f"             {mount['destination']}: {mount['type']} {','.join(mount['options'])}"
+        for mount in guest["oci"]["mounts"]
+    )
+    return [
+        f"behind     {guest['program']} ({one_line(guest['version'])}), platform {guest['platform']}",
+        f"           {' '.join(guest['flags'])}",
+        "           mounted behind it:",
+        *mounts,
+    ]
 
 
 def _asked(control: "Control") -> str:

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+    from ringfence.cli.trace import Tracing
     from ringfence.plan.document import Plan
     from ringfence.sandbox.launch import Running
 
@@ -42,6 +43,7 @@ FLAGS = (
     Flag("--name", default="", metavar="NAME", help="call the sandbox NAME"),
     Flag("--rm", kind="switch", help="with -d: remove it when it ends (always so without -d)"),
     *JOB,
+    Flag("--trace", kind="switch", help="print the job's system calls on stderr (-i gvisor)"),
     Flag("--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"),
     Flag("--usage", kind="switch", help="print on stderr what it used"),
     Flag("--json", kind="switch", help="print one object with output, usage and verdict"),
@@ -79,6 +81,8 @@ def main(argv: list[str]) -> int:
     command = (args.command or []) + (command or [])
     if args.json and (args.tty or args.detach):
         raise UsageError("--json goes with neither --tty nor --detach")
+    if args.trace and args.detach:
+        raise UsageError("--trace does not go with --detach: nobody would read it")
     _check_name(args.name)
     check_workdir(args.workdir)
     env = environment(args.env)
@@ -86,6 +90,10 @@ def main(argv: list[str]) -> int:
         raise UsageError("no command was given", hint="ringfence run -- COMMAND ARG ...")
     plan = plan_for(request(args))
     command = whole_command(plan, args.entrypoint, command)
+    if args.trace and plan["guest"] is None:
+        raise UsageError("the linux tier has no --trace yet", hint="-i gvisor has")
+    for text in plan["warnings"]:
+        print(f"ringfence: note: {one_line(text)}", file=sys.stderr)
     with Signals() as signals:
         return _run(args, command, env, plan, signals)
 
@@ -103,13 +111,22 @@ def _run(
             remove=args.rm or not args.detach,
             env=env,
             cwd=args.workdir,
+            traced=args.trace,
         )
     except BaseException:
         proof_file.drop()
         raise
     keep = False
+    tracing: list[Tracing] = []
+
+    def meanwhile() -> None:
+        # From the first line on: a pipe that nobody reads would stop the kernel that writes into it.
+        if args.trace:
+            tracing.append(_trace(running))
+        _load_the_rest()
+
     try:
-        launch.start(running, meanwhile=_load_the_rest)
+        launch.start(running, meanwhile=meanwhile)
         from ringfence.cli.job import Job
 
         job = Job(args, running, [os.fsencode(word) for word in command], env, signals)
@@ -126,8 +143,17 @@ def _run(
                 running.let_go()
             else:
                 running.close()
+            for thread in tracing:
+                thread.join()
         finally:
             proof_file.write(running)
+
+
+def _trace(running: "Running") -> "Tracing":
+    from ringfence.cli.trace import Tracing
+
+    assert running.door is not None  # noqa: S101 - a plan without a guest was refused
+    return Tracing(running.door.take_trace())
 
 
 def _load_the_rest() -> None:

@@ -15,7 +15,14 @@ from ringfence.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    import msgspec
+
     from ringfence.host.facts import Host
+
+    T = TypeVar("T")
 
 _MOST_BYTES = 1 << 20
 _STATUS = ("CapEff", "CapBnd", "NoNewPrivs", "Seccomp")
@@ -49,41 +56,47 @@ def host_key() -> str:
 
 
 def detect_cached(path: str) -> Host:
-    """Return the facts kept in file `path`, or detect them and keep them there.
-
-    The file is believed only if it is a regular file of this user that nobody else can open, and its key is
-    `host_key()`; anything odd means detecting again. A file that cannot be written is no error.
-    """
+    """Return the facts kept in file `path`, or detect them and keep them there; see `kept`."""
     key = host_key()
-    kept = _kept(path, key)
-    if kept is not None:
-        return kept
+    found = kept(path, key, _host_type)
+    if found is not None:
+        return found
     from ringfence.host.detect import detect
 
     host = detect()
-    _keep(path, key, host)
+    keep(path, key, host)
     return host
 
 
-def _kept(path: str, key: str) -> Host | None:
+def _host_type() -> type[Host]:
+    from ringfence.host.facts import Host
+
+    return Host
+
+
+def kept(path: str, key: str, kind: Callable[[], type[T]]) -> T | None:
+    """Return the value of type `kind()` kept in file `path` for `key`, None when there is none to be believed.
+
+    The file is believed only if it is a regular file of this user that nobody else can open, and its key is
+    `key`; anything odd is None.
+    """
     content = _read_own(path)
     first, _, rest = content.partition(b"\n")
     if not rest or first != _line(key):
         return None
     import msgspec
 
-    from ringfence.host.facts import Host
-
     try:
-        return msgspec.json.decode(rest, type=Host)
+        return msgspec.json.decode(rest, type=kind())
     except (msgspec.DecodeError, msgspec.ValidationError):
         return None
 
 
-def _keep(path: str, key: str, host: Host) -> None:
+def keep(path: str, key: str, value: msgspec.Struct) -> None:
+    """Keep `value` for `key` in file `path`; one that cannot be written is no error."""
     import msgspec
 
-    content = _line(key) + b"\n" + msgspec.json.encode(host)
+    content = _line(key) + b"\n" + msgspec.json.encode(value)
     temporary = f"{path}.{os.urandom(8).hex()}"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -144,7 +157,16 @@ def _process() -> list[str]:
 
 def _switches() -> list[str]:
     swaps = [line.split()[0] for line in _text("/proc/swaps").splitlines()]
-    return [*(_text(path) for path in _SWITCHES), *swaps, str(os.access("/dev/kvm", os.R_OK | os.W_OK))]
+    return [*(_text(path) for path in _SWITCHES), *swaps, _device("/dev/kvm")]
+
+
+def _device(path: str) -> str:
+    """Name a device node and whether it may be opened: a module that is loaded again makes another inode."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return str(error.errno)
+    return f"{found.st_ino}:{found.st_mode}:{found.st_rdev}:{os.access(path, os.R_OK | os.W_OK)}"
 
 
 def _mounts() -> list[str]:

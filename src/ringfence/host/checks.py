@@ -5,8 +5,9 @@ from typing import Literal
 import msgspec
 
 from ringfence.host import mechanisms as by
+from ringfence.host import sentry
 from ringfence.host.enforce import Tier, enforcement
-from ringfence.host.facts import Host
+from ringfence.host.facts import TRIAL_S, GvisorFacts, Host
 
 Level = Literal["ok", "warn", "missing"]
 # The linux tier cannot do without close_range(2); overlays of idmapped layers came later.
@@ -28,14 +29,16 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checks(host: Host, tier: Tier = "linux") -> tuple[Check, ...]:
-    """Return every check of `host` for `tier`; the tier can run here when none is "missing"."""
-    if tier != "linux":
-        return (
-            Check(
-                name=tier, level="missing", found=f"the {tier} tier is not built yet", advice="use -i linux"
-            ),
-        )
-    return (*_needs(host), *_weaknesses(host), *_later_tiers(host))
+    """Return every check of `host` for `tier`; the tier can run here when none is "missing".
+
+    The gvisor tier can do so only with `host.gvisor` filled: see `ringfence.host.gvisor`.
+    """
+    if tier == "microvm":
+        found = "the microvm tier is not built yet"
+        return (Check(name=tier, level="missing", found=found, advice="use -i linux"),)
+    # The ring around gVisor is a container of the linux tier, and needs what that needs.
+    gvisor = _gvisor(host) if tier == "gvisor" else _optional(_gvisor(host))
+    return (*_needs(host), *gvisor, *_weaknesses(host), *_later_tiers(host))
 
 
 def ready(found: tuple[Check, ...]) -> bool:
@@ -72,12 +75,50 @@ def _weaknesses(host: Host) -> list[Check]:
     ]
 
 
-def _later_tiers(host: Host) -> list[Check]:
-    others = [name for name in ("runsc", "qemu-system-x86_64", "firecracker") if name in host.runtimes]
-    found = ", ".join(host.runtimes[name].version_text or name for name in others)
+def _gvisor(host: Host) -> list[Check]:
+    """Say whether runsc is here, has the flags that are needed, and on which platforms it ran a program."""
+    runsc, facts, lacking = host.runtimes.get("runsc"), host.gvisor, sentry.lack(host)
+    if runsc is None:
+        found, advice = (lacking.reason, lacking.hint) if lacking else ("", "")
+        return [Check(name="runsc", level="missing", found=found, advice=advice)]
+    found = f"{runsc.version_text or '?'} ({runsc.path})"
+    if facts is None:
+        return [
+            Check(name="runsc", level="missing", found=f"{found}, not tried", advice="run ringfence doctor")
+        ]
+    if lacking:
+        return [Check(name="runsc", level="missing", found=f"{found}: {lacking.reason}", advice=lacking.hint)]
+    return [Check(name="runsc", level="ok", found=found), _platforms(facts)]
+
+
+def _platforms(facts: GvisorFacts) -> Check:
+    others = "".join(f"; {name}: {reason}" for name, reason in facts.reasons.items())
+    found = f"{', '.join(facts.platforms)} ran a program within {TRIAL_S:g} s{others}"
+    if facts.platforms[0] == "ptrace":
+        advice = "use a kernel on which systrap works: ptrace is several times slower"
+        return Check(name="gVisor platform", level="warn", found=found, advice=advice)
+    return Check(name="gVisor platform", level="ok", found=found)
+
+
+def _optional(found: list[Check]) -> list[Check]:
+    """Return the checks of a tier that was not asked about: what it misses is no fault."""
     return [
-        Check(name="other runtimes", level="ok", found=found or "none (only other tiers need them)"),
-        Check(name="KVM", level="ok", found=f"{host.kvm} (only the microvm tier needs it)"),
+        msgspec.structs.replace(
+            check, level="ok", found=f"{check.found} (only the gvisor tier needs it)", advice=""
+        )
+        if check.level == "missing"
+        else check
+        for check in found
+    ]
+
+
+def _later_tiers(host: Host) -> list[Check]:
+    others = [name for name in ("qemu-system-x86_64", "firecracker") if name in host.runtimes]
+    found = ", ".join(host.runtimes[name].version_text or name for name in others)
+    kvm = f"{host.kvm}: {host.kvm_reason}" if host.kvm_reason else host.kvm
+    return [
+        Check(name="other runtimes", level="ok", found=found or "none (only the microvm tier needs them)"),
+        Check(name="KVM", level="ok", found=f"{kvm} (only the microvm tier needs it)"),
     ]
 
 

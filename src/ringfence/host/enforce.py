@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from ringfence.host import mechanisms as by
+from ringfence.host import sentry
 from ringfence.host.facts import Host
 from ringfence.policy.model import Policy
 
@@ -26,66 +27,134 @@ class Enforcement(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
 
 
-_TABLE: dict[str, by.Cell] = {
-    "isolation": by.always("choice of the tier before anything starts"),
-    "floor": by.always("choice of the tier before anything starts"),
-    "user": by.user,
-    "capabilities": by.always("capability sets: bounding, effective, permitted, inheritable, ambient"),
-    "no_new_privileges": by.always("prctl PR_SET_NO_NEW_PRIVS"),
-    "seccomp": by.seccomp,
-    "lsm": by.lsm,
-    "filesystem.root": by.namespace("mnt", "mount namespace, root read-only or a tmpfs over it"),
-    "filesystem.tmp": by.namespace("mnt", "tmpfs size="),
-    "filesystem.sysfs": by.namespace("mnt", "mount namespace, /sys not mounted or read-only"),
-    "filesystem.mounts": by.namespace("mnt", "mount namespace, bind mounts nosuid, nodev, ro or rw"),
-    "network.mode": by.network,
-    "network.allow": by.never("egress rules are not built yet", "network: {mode: none}"),
-    "network.publish": by.never("published ports are not built yet", "network: {mode: none}"),
-    "devices": by.devices,
-    "limits.memory": by.control("memory", "memory.limit_in_bytes", "memory.max"),
-    "limits.swap": by.swap,
-    "limits.cpus": by.control("cpu", "cpu.cfs_quota_us", "cpu.max"),
-    "limits.cpu_weight": by.control("cpu", "cpu.shares", "cpu.weight"),
-    "limits.cpuset": by.cpuset,
-    "limits.pids": by.control("pids", "pids.max", "pids.max"),
-    "limits.stack": by.rlimit("stack"),
-    "limits.threads": by.threads,
-    "limits.open_files": by.rlimit("nofile"),
-    "limits.file_size": by.rlimit("fsize"),
-    "limits.disk": by.namespace("mnt", "tmpfs size= (memory-backed work directory and writable root)"),
-    "limits.inodes": by.namespace("mnt", "tmpfs nr_inodes="),
-    "limits.shm": by.namespace("mnt", "tmpfs size= on /dev/shm"),
-    "limits.io.read": by.io_read("bps"),
-    "limits.io.write": by.io_write("bps"),
-    "limits.io.read_iops": by.io_read("iops"),
-    "limits.io.write_iops": by.io_write("iops"),
-    "limits.time": by.always("host clock (poll deadline), and the agent's own"),
-    "limits.output": by.always("the host counts what it reads and stops there"),
-    "sysctls": by.namespace("ipc", "namespaced kernel parameters, written before the start"),
-    "secrets": by.never("secrets are not built yet", "leave the list empty"),
-    "image.digest_required": by.always("checked before the start, and before anything is fetched"),
-    "image.allowed_registries": by.always("checked before the start, and before anything is fetched"),
-    "image.signatures": by.always("checked by skopeo while the image is fetched (policy.json)"),
-    "host.smt": by.smt,
-    "host.ksm": by.ksm,
-    "host.cpu_mitigations": by.mitigations,
+class _Row(msgspec.Struct, frozen=True):
+    """How a field is enforced on each tier that is built."""
+
+    linux: by.Cell
+    gvisor: by.Cell
+
+
+def _same(cell: by.Cell) -> _Row:
+    """What is decided outside of any sandbox, so that the tier makes no difference."""
+    return _Row(cell, cell)
+
+
+def _ringed(cell: by.Cell, more: str = "") -> _Row:
+    """What the ring around gVisor keeps with the means of the linux tier."""
+    return _Row(cell, sentry.around(cell, more))
+
+
+_TABLE: dict[str, _Row] = {
+    "isolation": _same(by.always("choice of the tier before anything starts")),
+    "floor": _same(by.always("choice of the tier before anything starts")),
+    "user": _Row(by.user, sentry.USER),
+    "capabilities": _Row(
+        by.always("capability sets: bounding, effective, permitted, inheritable, ambient"),
+        sentry.both("capability sets of its kernel", by.always("none for the sentry")),
+    ),
+    "no_new_privileges": _Row(
+        by.always("prctl PR_SET_NO_NEW_PRIVS"),
+        sentry.inside("set-user-ID bits and file capabilities give nothing"),
+    ),
+    "seccomp": _Row(by.seccomp, sentry.SECCOMP),
+    "lsm": _Row(
+        by.lsm,
+        by.never(
+            "a label would be that of gVisor's kernel, not the job's",
+            "lsm: default goes without, or use -i linux",
+        ),
+    ),
+    "filesystem.root": _Row(
+        by.namespace("mnt", "mount namespace, root read-only or a tmpfs over it"),
+        sentry.staged("staged root, read-only or a tmpfs over it, served by the gofer"),
+    ),
+    "filesystem.tmp": _Row(
+        by.namespace("mnt", "tmpfs size="), sentry.staged("staged tmpfs size=, served by the gofer")
+    ),
+    "filesystem.sysfs": _Row(
+        by.namespace("mnt", "mount namespace, /sys not mounted or read-only"),
+        sentry.inside("/sys of its own kernel or none, never the host's"),
+    ),
+    "filesystem.mounts": _Row(
+        by.namespace("mnt", "mount namespace, bind mounts nosuid, nodev, ro or rw"),
+        sentry.staged("staged bind mounts nosuid, nodev, ro or rw, served by the gofer"),
+    ),
+    "network.mode": _Row(by.network, sentry.network),
+    "network.allow": _same(by.never("egress rules are not built yet", "network: {mode: none}")),
+    "network.publish": _same(by.never("published ports are not built yet", "network: {mode: none}")),
+    "devices": _Row(by.devices, sentry.devices),
+    "limits.memory": _ringed(
+        by.control("memory", "memory.limit_in_bytes", "memory.max"),
+        ", with what the sentry itself uses on top",
+    ),
+    "limits.swap": _ringed(by.swap),
+    "limits.cpus": _ringed(by.control("cpu", "cpu.cfs_quota_us", "cpu.max")),
+    "limits.cpu_weight": _ringed(by.control("cpu", "cpu.shares", "cpu.weight")),
+    "limits.cpuset": _ringed(by.cpuset),
+    "limits.pids": _Row(
+        by.control("pids", "pids.max", "pids.max"), sentry.pids(by.control("pids", "pids.max", "pids.max"))
+    ),
+    "limits.stack": _Row(by.rlimit("stack"), sentry.inside("rlimit STACK in its kernel")),
+    "limits.threads": _Row(by.threads, sentry.threads),
+    "limits.open_files": _Row(by.rlimit("nofile"), sentry.inside("rlimit NOFILE in its kernel")),
+    "limits.file_size": _Row(by.rlimit("fsize"), sentry.inside("rlimit FSIZE in its kernel")),
+    "limits.disk": _Row(
+        by.namespace("mnt", "tmpfs size= (memory-backed work directory and writable root)"),
+        sentry.staged("staged tmpfs size= (memory-backed work directory and writable root)"),
+    ),
+    "limits.inodes": _Row(by.namespace("mnt", "tmpfs nr_inodes="), sentry.staged("staged tmpfs nr_inodes=")),
+    "limits.shm": _Row(
+        by.namespace("mnt", "tmpfs size= on /dev/shm"), sentry.inside("tmpfs size= on /dev/shm in its kernel")
+    ),
+    "limits.io.read": _ringed(by.io_read("bps")),
+    "limits.io.write": _ringed(by.io_write("bps")),
+    "limits.io.read_iops": _ringed(by.io_read("iops")),
+    "limits.io.write_iops": _ringed(by.io_write("iops")),
+    "limits.time": _same(by.always("host clock (poll deadline), and the agent's own")),
+    "limits.output": _same(by.always("the host counts what it reads and stops there")),
+    "sysctls": _Row(
+        by.namespace("ipc", "namespaced kernel parameters, written before the start"),
+        by.never("gVisor's kernel has few and passes over the rest", "leave sysctls empty, or use -i linux"),
+    ),
+    "secrets": _same(by.never("secrets are not built yet", "leave the list empty")),
+    "image.digest_required": _same(by.always("checked before the start, and before anything is fetched")),
+    "image.allowed_registries": _same(by.always("checked before the start, and before anything is fetched")),
+    "image.signatures": _same(by.always("checked by skopeo while the image is fetched (policy.json)")),
+    "host.smt": _same(by.smt),
+    "host.ksm": _same(by.ksm),
+    "host.cpu_mitigations": _same(by.mitigations),
 }
 FIELDS: tuple[str, ...] = tuple(_TABLE)
 
 
 def enforcement(
-    field: str, tier: Tier, host: Host, *, value: object = None, writes_to_disk: bool = True
+    field: str,
+    tier: Tier,
+    host: Host,
+    *,
+    value: object = None,
+    writes_to_disk: bool = True,
+    capabilities: tuple[str, ...] = (),
 ) -> Enforcement:
     """Return how `host` enforces policy `field` (dotted YAML key) on `tier`.
 
     `value` is the policy's value where it matters (rlimits, cpuset); None asks about the field in general.
-    `writes_to_disk` says whether the policy has a writable mount. Raises KeyError for an unknown field.
+    `writes_to_disk` says whether the policy has a writable mount, `capabilities` are those of the policy. Whether
+    the gvisor tier can run here at all is not asked: see `ringfence.host.sentry.lack`. Raises KeyError for an
+    unknown field.
     """
-    cell = _TABLE[field]
-    if tier != "linux":
-        answer = by.Answer(reason=f"the {tier} tier is not built yet", hint="use -i linux")
+    row = _TABLE[field]
+    ask = by.Question(
+        field=field, host=host, value=value, writes_to_disk=writes_to_disk, capabilities=capabilities
+    )
+    if tier == "microvm":
+        answer = by.Answer(reason="the microvm tier is not built yet", hint="use -i linux")
     else:
-        answer = cell(by.Question(field=field, host=host, value=value, writes_to_disk=writes_to_disk))
+        answer = row.gvisor(ask) if tier == "gvisor" else row.linux(ask)
+    return _told(field, tier, answer)
+
+
+def _told(field: str, tier: Tier, answer: by.Answer) -> Enforcement:
     return Enforcement(
         field=field,
         tier=tier,
@@ -97,9 +166,17 @@ def enforcement(
 
 
 def matrix(host: Host, *, writes_to_disk: bool = True) -> tuple[Enforcement, ...]:
-    """Return every cell of the table for `host`, field by field, tiers in order."""
+    """Return every cell of the table for `host`, field by field, tiers in order.
+
+    Where gVisor cannot be used at all, each cell of its column says why.
+    """
+    lacking = {"gvisor": lack} if (lack := sentry.lack(host)) else {}
     return tuple(
-        enforcement(field, tier, host, writes_to_disk=writes_to_disk) for field in FIELDS for tier in TIERS
+        _told(field, tier, lacking[tier])
+        if tier in lacking
+        else enforcement(field, tier, host, writes_to_disk=writes_to_disk)
+        for field in FIELDS
+        for tier in TIERS
     )
 
 
@@ -112,7 +189,7 @@ def refusals(
     """
     disk = writes_to_disk(policy)
     found = [
-        enforcement(field, tier, host, value=value, writes_to_disk=disk)
+        enforcement(field, tier, host, value=value, writes_to_disk=disk, capabilities=policy.capabilities)
         for field, value in leaves(policy).items()
         if asks(field, value)
     ]

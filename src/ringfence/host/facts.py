@@ -10,7 +10,8 @@ from typing import Literal
 import msgspec
 
 CgroupVersion = Literal["v1", "v2", "hybrid", "none"]
-Kvm = Literal["absent", "not openable", "present, not probed"]
+Kvm = Literal["absent", "not openable", "works", "unusable"]
+TRIAL_S = 1.0  # how long runsc may take to run a program that does nothing, on each platform
 
 
 class CgroupFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,6 +81,18 @@ class Runtime(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     version_text: str = ""
 
 
+class GvisorFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the runsc of this host can do; from a trial, see `ringfence.host.gvisor`.
+
+    `platforms` are those that ran a program here, best first; `reasons` say why each other one did not.
+    `missing` are the command-line flags that Ringfence needs and this runsc does not have ("--pass-fd").
+    """
+
+    platforms: tuple[str, ...] = ()
+    reasons: dict[str, str] = {}
+    missing: tuple[str, ...] = ()
+
+
 class BlockDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole disk under the state directory, "major:minor" as the cgroup files want it."""
 
@@ -93,7 +106,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     `cpus` is a list such as "0-3"; `swap_bytes` is the size of all swap areas, None when unknown;
     `hard_limits` maps "nofile" and the like to the ceiling of this process, None when unlimited; `smt` and
     `ksm` say whether they are active; `vulnerabilities` are the kernel's own words on each CPU flaw;
-    `sysctls` are those that `doctor` judges; `block` is the disk below `state_dir`.
+    `sysctls` are those that `doctor` judges; `block` is the disk below `state_dir`. `kvm` is by trial, and
+    `kvm_reason` says why it does not work; `gvisor` is None until `ringfence.host.gvisor` was asked.
     """
 
     kernel_release: str = ""
@@ -119,6 +133,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     idmapped_mounts: bool = False
     state_filesystem: str = ""
     kvm: Kvm = "absent"
+    kvm_reason: str = ""
+    gvisor: GvisorFacts | None = None
     runtimes: dict[str, Runtime] = {}
     smt: bool | None = None
     ksm: bool | None = None

@@ -22,12 +22,16 @@ _LOAD_PROFILE = (
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """Can `host` enforce `value` of policy `field`? A `value` of None asks about the field in general."""
+    """Can `host` enforce `value` of policy `field`? A `value` of None asks about the field in general.
+
+    `writes_to_disk` and `capabilities` are of the policy as a whole.
+    """
 
     field: str
     host: Host
     value: object = None
     writes_to_disk: bool = True
+    capabilities: tuple[str, ...] = ()
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -149,6 +149,19 @@ class RuntimeChoice(TypedDict):
     version: str
 
 
+class Guest(TypedDict):
+    """What runs behind a kernel of its own: the program that is that kernel, its flags, and the job's OCI object.
+
+    `platform` is how the kernel gets at the job's system calls: gVisor's systrap, ptrace or kvm.
+    """
+
+    program: str
+    version: str
+    platform: str
+    flags: list[str]
+    oci: OciConfig
+
+
 class ImageChoice(TypedDict):
     """Which image, by name and identity; `record` is the file that holds an image of the store, "" for others."""
 
@@ -166,7 +179,10 @@ class User(TypedDict):
 
 
 class Plan(TypedDict):
-    """Everything a runtime needs; see `ringfence.plan.make.make_plan`."""
+    """Everything a runtime needs; see `ringfence.plan.make.make_plan`.
+
+    `oci` is for `runtime`: at the linux tier the job's own, at the others that of the ring around `guest`.
+    """
 
     format: int
     isolation: str
@@ -188,8 +204,10 @@ class Plan(TypedDict):
     deny_devices: list[str]
     stage: list[Op]
     oci: OciConfig
+    guest: Guest | None
     controls: list[Control]
     filter_samples: list[FilterSample]
     unenforced: list[Unenforced]
+    warnings: list[str]
     summary: list[str]
     digest: NotRequired[str]

@@ -5,10 +5,13 @@ import msgspec
 from ringfence.errors import HostError, NotEnforceable
 from ringfence.host.enforce import Enforcement, Tier, enforcement, leaves, refusals, writes_to_disk
 from ringfence.host.facts import Host, Runtime, host_digest
+from ringfence.plan import gvisor
 from ringfence.plan.config import RANGE_SIZE, config, config_controls
-from ringfence.plan.document import FORMAT, Control, Plan
+from ringfence.plan.document import FORMAT, Control, FilterSample, Guest, Op, Plan
 from ringfence.plan.limits import Disks, cgroup_controls, rlimit_controls
+from ringfence.plan.oci import OciConfig
 from ringfence.plan.seccomp import seccomp_for
+from ringfence.plan.seccomp_match import LinuxSeccomp
 from ringfence.plan.seccomp_samples import samples
 from ringfence.plan.stage import WORK, stage, stage_controls
 from ringfence.plan.workload import Workload
@@ -30,18 +33,32 @@ def make_plan(
     host: Host,
     *,
     runtime: str | None = None,
+    platform: str = "",
     allow_unenforced: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decide everything, or refuse.
 
-    `runtime` is "crun", "runc" or None for the first that works here; `allow_unenforced` are dotted policy
-    fields that may go unenforced. Raises NotEnforceable, HostError, PolicyError.
+    `runtime` is "crun", "runc" or None for the first that works here; `platform` is gVisor's, "" for the best;
+    `allow_unenforced` are dotted policy fields that may go unenforced. Raises NotEnforceable, HostError,
+    PolicyError, MountError.
     """
     tier = choose_tier(policy)
+    if tier == "gvisor":
+        platform = gvisor.choose_platform(host, platform)
+        gvisor.check(policy, workload)
+    elif platform:
+        raise HostError(
+            f"the {tier} tier has no platform {platform!r}", hint="--gvisor-platform goes with -i gvisor"
+        )
     unenforced = _refuse(policy, workload, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
     range_size = _range_size(host, skip)
+    if tier == "gvisor" and not range_size:
+        raise HostError(
+            "gVisor's sentry needs ids of its own",
+            hint="usermod --add-subuids and --add-subgids give a user ranges",
+        )
     user = _user(policy, workload, range_size)
     _ready(host, user, skip)
     _devices(policy, host)
@@ -53,27 +70,24 @@ def make_plan(
         kernel=host.kernel,
     )
     disks = Disks(workload.disks, writes_to_disk(policy))
-    oci = config(
-        policy,
-        workload,
-        host,
-        user=user,
-        range_size=range_size,
-        seccomp=seccomp.oci,
-        disks=disks,
-        skip=skip,
-    )
     ops = stage(policy, workload, host)
     limited = host.cgroup.writable and host.cgroup.version != "none"
-    # Only root may read a filter back from the kernel.
-    tried, answers = ([], []) if host.rootless else samples(seccomp.oci, host.arch)
-    controls: list[Control] = [
-        *config_controls(policy, workload, oci, host, skip),
-        *([{"name": "seccomp.answers", "field": "seccomp", "asked": answers}] if tried else ()),
-        *rlimit_controls(policy.limits, skip),
-        *(cgroup_controls(policy.limits, host, disks=disks, skip=skip) if limited else ()),
-        *stage_controls(ops),
-    ]
+    make_parts = _linux if tier == "linux" else _gvisor
+    parts = make_parts(
+        _Given(
+            policy=policy,
+            workload=workload,
+            host=host,
+            user=user,
+            range_size=range_size,
+            seccomp=seccomp.oci,
+            disks=disks,
+            ops=ops,
+            limited=limited,
+            skip=skip,
+            platform=platform,
+        )
+    )
     plan: Plan = {
         "format": FORMAT,
         "isolation": tier,
@@ -97,18 +111,105 @@ def make_plan(
         "cgroup": _layout(host),
         "cgroup_limits": limited,
         "deny_devices": _take_back(workload) if program_name == "runc" and limited else [],
-        "stage": ops,
-        "oci": oci,
-        "controls": controls,
-        "filter_samples": tried,
+        "stage": parts.ops,
+        "oci": parts.oci,
+        "guest": parts.guest,
+        "controls": parts.controls,
+        "filter_samples": parts.samples,
         "unenforced": [
             {"field": cell.field, "reason": cell.reason}
             for cell in (*unenforced, *_label(policy, tier, host))
         ],
+        "warnings": gvisor.notes(policy, workload) if tier == "gvisor" else [],
         "summary": [f"seccomp {seccomp.summary}"],
     }
     plan["digest"] = plan_digest(plan)
     return plan
+
+
+class _Given(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parts of a plan are made from, all of it decided."""
+
+    policy: Policy
+    workload: Workload
+    host: Host
+    user: tuple[int, int]
+    range_size: int
+    seccomp: LinuxSeccomp
+    disks: Disks
+    ops: list[Op]
+    limited: bool
+    skip: frozenset[str]
+    platform: str
+
+
+class _Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What differs from tier to tier."""
+
+    ops: list[Op]
+    oci: OciConfig
+    guest: Guest | None
+    controls: list[Control]
+    samples: list[FilterSample]
+
+
+def _linux(given: _Given) -> _Parts:
+    policy, host, skip = given.policy, given.host, given.skip
+    oci = config(
+        policy,
+        given.workload,
+        host,
+        user=given.user,
+        range_size=given.range_size,
+        seccomp=given.seccomp,
+        disks=given.disks,
+        skip=skip,
+    )
+    # Only root may read a filter back from the kernel.
+    tried, answers = ([], []) if host.rootless else samples(given.seccomp, host.arch)
+    groups = cgroup_controls(policy.limits, host, disks=given.disks, skip=skip) if given.limited else []
+    controls: list[Control] = [
+        *config_controls(policy, given.workload, oci, host, skip),
+        *([{"name": "seccomp.answers", "field": "seccomp", "asked": answers}] if tried else ()),
+        *rlimit_controls(policy.limits, skip),
+        *groups,
+        *stage_controls(given.ops),
+    ]
+    return _Parts(ops=given.ops, oci=oci, guest=None, controls=controls, samples=tried)
+
+
+def _gvisor(given: _Given) -> _Parts:
+    policy, host, skip = given.policy, given.host, given.skip
+    oci = gvisor.ring(
+        policy,
+        host,
+        platform=given.platform,
+        range_size=given.range_size,
+        disks=given.disks,
+        skip=skip,
+    )
+    made = gvisor.guest(
+        policy,
+        host,
+        platform=given.platform,
+        user=given.user,
+        seccomp=given.seccomp,
+        ops=given.ops,
+        skip=skip,
+    )
+    controls = gvisor.controls(
+        policy,
+        host,
+        made,
+        oci,
+        given.ops,
+        range_size=given.range_size,
+        disks=given.disks,
+        limited=given.limited,
+        skip=skip,
+    )
+    ops = gvisor.ring_stage(given.ops, made["program"])
+    return _Parts(ops=ops, oci=oci, guest=made, controls=controls, samples=[])
 
 
 def plan_digest(plan: Plan) -> str:
@@ -127,11 +228,11 @@ def choose_tier(policy: Policy) -> Tier:
     wanted: Tier = policy.floor if policy.isolation == "auto" else policy.isolation
     if TIERS.index(wanted) < TIERS.index(policy.floor):
         raise HostError(f"isolation {wanted} is below the policy's floor {policy.floor}")
-    if wanted != "linux":
+    if wanted == "microvm":
         raise HostError(
             f"the {wanted} tier is not built yet"
-            + (f", and the policy's floor is {policy.floor}" if policy.floor != "linux" else ""),
-            hint="choose a policy whose floor is linux, such as untrusted, if a shared kernel is acceptable",
+            + (f", and the policy's floor is {policy.floor}" if policy.floor == wanted else ""),
+            hint="choose a policy whose floor is gvisor or linux, if that is acceptable",
         )
     return wanted
 

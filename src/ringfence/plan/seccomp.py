@@ -65,10 +65,22 @@ def seccomp_for(
     return _plan(name, _own(name, arch, capabilities))
 
 
-def _own(name: str, arch: str, capabilities: "Collection[str]") -> LinuxSeccomp:
-    """Put one of our two profiles together; a call in none of its lists gets ENOSYS."""
+def ring_seccomp(arch: str, capabilities: "Collection[str]") -> LinuxSeccomp:
+    """Return the filter around a kernel of its own (gVisor's sentry, a VMM): the default and what its set-up needs.
+
+    The parts narrow it further, each with a filter of its own. Raises HostError for another architecture.
+    """
+    if arch not in SCMP_ARCH:
+        raise HostError(
+            f"no seccomp profile for architecture {arch!r}", hint=f"known: {', '.join(SCMP_ARCH)}"
+        )
+    return _own("default", arch, capabilities, more=calls.names(calls.RING))
+
+
+def _own(name: str, arch: str, capabilities: "Collection[str]", more: "Collection[str]" = ()) -> LinuxSeccomp:
+    """Put one of our profiles together; a call in none of its lists gets ENOSYS."""
     chosen = calls.names(calls.STRICT) if name == "strict" else calls.names(calls.ALLOWED + calls.CONDITIONAL)
-    granted = {call for cap in capabilities for call in calls.GRANTED_BY.get(cap, "").split()}
+    granted = {call for cap in capabilities for call in calls.GRANTED_BY.get(cap, "").split()} | set(more)
     judged = calls.names(calls.CONDITIONAL)
     allowed = (chosen - judged) | granted
     denied = calls.names(calls.NEVER + calls.DENIED) | (judged - chosen)

@@ -349,6 +349,18 @@ GRANTED_BY = {
     "CAP_SYS_TTY_CONFIG": "vhangup",
 }
 
+# Beside the default, for the ring around a kernel of its own.
+RING: tuple[Group, ...] = (
+    (
+        "set-up of a sandboxed kernel",
+        (
+            "gVisor puts its gofer and its sentry into namespaces and roots of their own before they narrow"
+            " themselves down; all of it happens inside the ring's user and mount namespaces."
+        ),
+        "mount umount2 pivot_root clone ptrace",
+    ),
+)
+
 X86_64_ONLY: tuple[Group, ...] = (
     (
         "64-bit x86 only",

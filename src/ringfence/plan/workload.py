@@ -35,6 +35,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     `disks` are the block devices ("254:0") that the image and the mounts lie on, `unknown_disks` those of the
     paths that lie on something whose disk is not known (a network file system).
+    `noticed` are paths in the image, without the leading slash, that a tier has a warning about.
     `env` is the environment that the image starts a job with; `moby` the bytes of the seccomp profile that
     the policy names by path, read by the caller.
     """
@@ -50,3 +51,4 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[str, ...] = ()
     unknown_disks: tuple[str, ...] = ()
     moby: bytes | None = None
+    noticed: frozenset[str] = frozenset()

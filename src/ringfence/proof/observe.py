@@ -3,6 +3,10 @@
 Everything is read from /proc/PID and the cgroup files while the process waits at the gate; nothing is taken from
 the plan's own words. Each observer answers for a family of controls with {name: (value, source)}; a control for
 which no observer has an answer was not observed. On the way of every run: imports only `os`.
+
+The functions over text (`status`, `limits`, `interfaces`, `id_maps`, `mountinfo`) read such files of any kernel: of
+this one, or of one in a sandbox, whose texts are a report and may say anything at all. They raise only ValueError
+and IndexError, and take no longer than the text is long.
 """
 
 from __future__ import annotations
@@ -29,13 +33,6 @@ _NAMESPACES = {
     "uts": "uts",
     "cgroup": "cgroup",
 }
-_CAPABILITY_SETS = {
-    "CapInh": "inheritable",
-    "CapPrm": "permitted",
-    "CapEff": "effective",
-    "CapBnd": "bounding",
-    "CapAmb": "ambient",
-}
 _SECCOMP_MODES = {"0": "off", "1": "strict", "2": "filter"}
 _RLIMITS = {
     "Max core file size": "core",
@@ -47,6 +44,9 @@ _RLIMITS = {
 # Character devices that a job may have: null, zero, full, random, urandom, tty, console, ptmx and ptys.
 _HARMLESS = {"1:3", "1:5", "1:7", "1:8", "1:9", "5:0", "5:1", "5:2"}
 _PTY_MAJORS = tuple(f"{major}:" for major in range(136, 144))
+# 64 bits in decimal: no number that a kernel writes is longer.
+_MOST_DIGITS = 20
+_MASK_DIGITS = 16
 
 
 class Subject:
@@ -75,7 +75,7 @@ class Mount:
     __slots__ = ("device", "flags", "kind", "options", "root", "target")
 
     def __init__(self, line: str) -> None:
-        """Parse `line`."""
+        """Parse `line`. Raises IndexError for one that is too short."""
         before, _, after = line.partition(" - ")
         words, rest = before.split(" "), after.split(" ")
         self.device = words[2]
@@ -90,7 +90,7 @@ class Mount:
         text = f"{self.kind} {self.ways()}"
         if self.kind == "tmpfs":
             values = dict(option.partition("=")[::2] for option in self.options)
-            text += f" size={_size(values.get('size', ''))} inodes={values.get('nr_inodes', '')}"
+            text += f" size={size(values.get('size', ''))} inodes={values.get('nr_inodes', '')}"
         return text
 
     def ways(self) -> str:
@@ -110,10 +110,13 @@ def sources(mount: Mount, host: Iterable[Mount]) -> list[str]:
     return found
 
 
-def observe(subject: Subject) -> Seen:
-    """Return everything that can be seen of `subject` from here; what cannot be read is simply not in it."""
+def observe(subject: Subject, observers: tuple[Callable[[Subject], Seen], ...] | None = None) -> Seen:
+    """Return everything that can be seen of `subject` from here; what cannot be read is simply not in it.
+
+    `observers` are those to ask, such as `PART` and `GROUP`; all if there are none.
+    """
     seen: Seen = {}
-    for observer in _OBSERVERS:
+    for observer in _OBSERVERS if observers is None else observers:
         try:
             seen.update(observer(subject))
         except (OSError, ValueError, IndexError, KeyError):
@@ -123,50 +126,70 @@ def observe(subject: Subject) -> Seen:
 
 def mounts(pid: int) -> list[Mount]:
     """Return the mounts of `pid`'s namespace. Raises OSError."""
-    return [Mount(line) for line in _read(f"/proc/{pid}/mountinfo").splitlines()]
+    return mountinfo(_read(f"/proc/{pid}/mountinfo"))
+
+
+def mountinfo(text: str) -> list[Mount]:
+    """Return the mounts of a /proc/PID/mountinfo, in its order. Raises IndexError for a line that is none."""
+    return [Mount(line) for line in _lines(text)]
+
+
+def status(text: str, source: str) -> Seen:
+    """Return what a /proc/PID/status says, with ids as its reader sees them, or -1 where the four differ.
+
+    A kernel that leaves a line out says nothing of that control. Raises ValueError for a line that makes no sense.
+    """
+    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in _lines(text))}
+    return {control: (read(fields[name]), source) for name, control, read in _STATUS if name in fields}
+
+
+def _one_id(text: str) -> int:
+    """Return the real, effective, saved and file system id; one that differs is not the id that was asked for."""
+    words = text.split()
+    return _number(words[0]) if len(words) == 4 and len(set(words)) == 1 else -1
+
+
+def _capabilities(text: str) -> list[str]:
+    if len(text) != _MASK_DIGITS:
+        raise ValueError("a set of capabilities has 64 bits")
+    if not (mask := int(text, 16)):
+        return []
+    from ringfence.linux.capabilities import names
+
+    return sorted(names(mask))
 
 
 def _status(subject: Subject) -> Seen:
     source = f"/proc/{subject.pid}/status"
-    fields = dict(line.partition(":")[::2] for line in _read(source).splitlines())
-    fields = {name: value.strip() for name, value in fields.items()}
-    seen: Seen = {
-        "credentials.groups": (fields["Groups"].split(), source),
-        "no_new_privileges": (fields["NoNewPrivs"] == "1", source),
-        "seccomp.mode": (_SECCOMP_MODES.get(fields["Seccomp"], fields["Seccomp"]), source),
-        "seccomp.filters": (int(fields["Seccomp_filters"]), source),
-    }
+    seen = status(_read(source), source)
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
-        # Real, effective, saved and file system id; one that differs is not the id that was asked for.
-        ids = {int(word) for word in fields[kind.capitalize()].split()}
-        value = ids.pop() if len(ids) == 1 else -1
-        seen[f"credentials.{kind}"] = (_inside(subject, value, own), source)
-    for name, kind in _CAPABILITY_SETS.items():
-        seen[f"capabilities.{kind}"] = (_capabilities(int(fields[name], 16)), source)
+        value = seen[f"credentials.{kind}"][0]
+        if isinstance(value, int):
+            seen[f"credentials.{kind}"] = (inside(subject, value, own), source)
     return seen
 
 
-def _inside(subject: Subject, host_id: int, own: int) -> int:
+def inside(subject: Subject, host_id: int, own: int) -> int:
     """Return the id inside the sandbox; one outside its range becomes negative, and will not compare equal.
 
-    A sandbox without a range has the caller's `own` id alone, as 0.
+    A sandbox without a range has the caller's `own` id alone, as 0. A negative id is none, and stays negative.
     """
+    if host_id < 0:
+        return host_id
     if subject.size == 0:
         return 0 if host_id == own else -host_id - 1
-    inside = subject.base <= host_id < subject.base + subject.size
-    return host_id - subject.base if inside else -host_id - 1
-
-
-def _capabilities(mask: int) -> list[str]:
-    from ringfence.linux.capabilities import names
-
-    return sorted(names(mask)) if mask else []
+    within = subject.base <= host_id < subject.base + subject.size
+    return host_id - subject.base if within else -host_id - 1
 
 
 def _range(subject: Subject) -> Seen:
-    maps = [_read(f"/proc/{subject.pid}/{name}").splitlines() for name in ("uid_map", "gid_map")]
-    texts = [" ".join("; ".join(lines).split()) for lines in maps]
-    return {"credentials.range": (id_map(*texts), f"/proc/{subject.pid}/uid_map")}
+    uids, gids = (_read(f"/proc/{subject.pid}/{name}") for name in ("uid_map", "gid_map"))
+    return {"credentials.range": (id_maps(uids, gids), f"/proc/{subject.pid}/uid_map")}
+
+
+def id_maps(uids: str, gids: str) -> str:
+    """Return a /proc/PID/uid_map and gid_map as one text."""
+    return id_map(*(" ".join("; ".join(_lines(text)).split()) for text in (uids, gids)))
 
 
 def id_map(uids: str, gids: str) -> str:
@@ -186,18 +209,30 @@ def _namespaces(subject: Subject) -> Seen:
 
 def _interfaces(subject: Subject) -> Seen:
     source = f"/proc/{subject.pid}/net/dev"
-    lines = _read(source).splitlines()[2:]
-    return {"network.interfaces": (sorted(line.partition(":")[0].strip() for line in lines), source)}
+    return interfaces(_read(source), source)
+
+
+def interfaces(text: str, source: str) -> Seen:
+    """Return the names in a /proc/PID/net/dev. Raises IndexError for a text without the two lines above them."""
+    lines = _lines(text)
+    if "|" not in lines[1]:
+        raise IndexError("the head of net/dev is missing")
+    return {"network.interfaces": (sorted(line.partition(":")[0].strip() for line in lines[2:]), source)}
 
 
 def _limits(subject: Subject) -> Seen:
     source = f"/proc/{subject.pid}/limits"
+    return limits(_read(source), source)
+
+
+def limits(text: str, source: str) -> Seen:
+    """Return the limits of a /proc/PID/limits; one whose soft and hard value differ is a text that says so."""
     seen: Seen = {}
-    for line in _read(source).splitlines()[1:]:
+    for line in _lines(text)[1:]:
         name, soft, hard = line[:26].strip(), line[26:47].strip(), line[47:68].strip()
         if name in _RLIMITS:
-            value = int(hard) if hard.isdigit() and soft == hard else f"{soft} soft, {hard} hard"
-            seen[f"rlimit.{_RLIMITS[name]}"] = (value, source)
+            same = soft == hard and _is_number(hard)
+            seen[f"rlimit.{_RLIMITS[name]}"] = (int(hard) if same else f"{soft} soft, {hard} hard", source)
     return seen
 
 
@@ -211,11 +246,18 @@ def _label(subject: Subject) -> Seen:
     return {"lsm.apparmor": (_read(source).strip("\0\n ").partition(" (")[0], source)}
 
 
+def _membership(subject: Subject) -> Seen:
+    group = subject.cgroup
+    if group is None:
+        return {}
+    return {"cgroup.membership": (_is_member(subject, group), f"/proc/{subject.pid}/cgroup")}
+
+
 def _cgroup(subject: Subject) -> Seen:
     group = subject.cgroup
     if group is None:
         return {}
-    seen: Seen = {"cgroup.membership": (_is_member(subject, group), f"/proc/{subject.pid}/cgroup")}
+    seen: Seen = {}
     for name, (value, source) in group.observed().items():
         if name == "io" and isinstance(value, dict):
             for disk, limits in value.items():
@@ -232,7 +274,7 @@ def _cgroup(subject: Subject) -> Seen:
 
 def _allowed_devices(text: str) -> Iterable[str]:
     """Yield the lines of a v1 devices.list that allow more than the harmless devices, or making nodes."""
-    for line in text.splitlines():
+    for line in _lines(text):
         kind, number, access = line.split()
         if access == "m" or (kind != "a" and (number in _HARMLESS or number.startswith(_PTY_MAJORS))):
             continue  # a node may be made, which needs CAP_MKNOD, but not opened
@@ -242,7 +284,7 @@ def _allowed_devices(text: str) -> Iterable[str]:
 def _is_member(subject: Subject, group: Cgroup) -> bool:
     """Say whether the kernel counts the process in `group` in every hierarchy that has a controller of it."""
     found = {}
-    for line in _read(f"/proc/{subject.pid}/cgroup").splitlines():
+    for line in _lines(_read(f"/proc/{subject.pid}/cgroup")):
         _, controllers, path = line.split(":", 2)
         found.update(dict.fromkeys(controllers.split(","), path))
     layout = group.layout
@@ -306,9 +348,27 @@ def _link(path: str) -> str:
         return ""
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Return "64k", "8m" or "4096" in bytes, -1 for "". Raises ValueError for anything else."""
     units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-    return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text or -1)
+    if not text:
+        return -1
+    return _number(text[:-1]) * units[text[-1]] if text[-1] in units else _number(text)
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit()
+
+
+def _number(text: str) -> int:
+    if not _is_number(text):
+        raise ValueError(f"not a number: {text[:_MOST_DIGITS]!r}")
+    return int(text)
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a file of /proc: unlike for `splitlines`, nothing but a newline ends one."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _unescape(text: str) -> str:
@@ -331,6 +391,20 @@ def _read(path: str) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+# Line, control, and what makes a value of its text.
+_STATUS: tuple[tuple[str, str, Callable[[str], Value]], ...] = (
+    ("Uid", "credentials.uid", _one_id),
+    ("Gid", "credentials.gid", _one_id),
+    ("Groups", "credentials.groups", lambda text: text.split()),
+    ("CapInh", "capabilities.inheritable", _capabilities),
+    ("CapPrm", "capabilities.permitted", _capabilities),
+    ("CapEff", "capabilities.effective", _capabilities),
+    ("CapBnd", "capabilities.bounding", _capabilities),
+    ("CapAmb", "capabilities.ambient", _capabilities),
+    ("NoNewPrivs", "no_new_privileges", lambda text: text == "1"),
+    ("Seccomp", "seccomp.mode", lambda text: _SECCOMP_MODES.get(text, text)),
+    ("Seccomp_filters", "seccomp.filters", _number),
+)
 _OBSERVERS: tuple[Callable[[Subject], Seen], ...] = (
     _status,
     _range,
@@ -339,7 +413,11 @@ _OBSERVERS: tuple[Callable[[Subject], Seen], ...] = (
     _limits,
     _descriptors,
     _label,
+    _membership,
     _cgroup,
     _mounts,
     _names,
 )
+# What is asked of a process that is a part of the sandbox and not its job, and of the cgroup that all of it is in.
+PART = (_status, _range, _namespaces, _interfaces, _membership)
+GROUP = (_membership, _cgroup)

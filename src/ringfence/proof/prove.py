@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     from ringfence.plan.document import Control, Plan, Value, Vantage
+    from ringfence.proof.guest import Guest
     from ringfence.proof.observe import Mount, Seen
     from ringfence.runtime.base import Instance
 
@@ -47,22 +48,37 @@ if TYPE_CHECKING:
 MOMENT = "before the job's first instruction"
 # Kept by Ringfence itself while the job runs; the kernel has nothing to show of them beforehand.
 _KEPT = (("time_s", "limits.time"), ("output_bytes", "limits.output"))
+_MOST_DESCRIPTORS = 64
 # What a user who is not root cannot see of a process with other ids; the agent reports it instead.
 _UNSEEN_ROOTLESS = frozenset({"descriptors", "hostname"})
 
 
-def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descriptors: int) -> Proof:
+def prove(
+    plan: Plan,
+    instance: Instance,
+    subject: Subject,
+    *,
+    reported_descriptors: int,
+    guest: Guest | None = None,
+) -> Proof:
     """Return the proof for the process `subject`; it holds if every asked control was observed as asked.
 
     `reported_descriptors` is the agent's own count of the held process's descriptors, which stands in, as
-    "reported", where this process may not look.
+    "reported", where this process may not look. Of a tier with a kernel of its own, `subject` is the process that
+    is this kernel, and `guest` what it reports and the ids of the parts around it; without, next to nothing holds.
     """
-    seen = observe(subject)
-    seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
-    seen |= _mounts(plan, subject)
-    seen |= _filter(plan, subject)
-    lines = [_line(control, _asked(control, plan, instance), seen) for control in plan["controls"]]
-    if plan["rootless"]:
+    told: Seen = {}
+    if plan["isolation"] == "linux":
+        seen = observe(subject)
+        seen |= sysctls(subject.pid, plan["oci"]["linux"]["sysctl"])
+        seen |= _mounts(plan, subject)
+        seen |= _filter(plan, subject)
+    else:
+        from ringfence.proof.guest import look
+
+        seen, told = look(plan, subject, guest, reported_descriptors)
+    lines = [_line(control, _asked(control, plan, instance), seen, told) for control in plan["controls"]]
+    if plan["rootless"] and plan["isolation"] == "linux":
         lines = [_from_agent(line, reported_descriptors) for line in lines]
     lines += [_kept(field, plan[key]) for key, field in _KEPT if plan[key] is not None]  # type: ignore[literal-required]
     lines += [_not_enforced(item["field"], item["reason"]) for item in plan["unenforced"]]
@@ -72,7 +88,7 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
         "taken_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sandbox": instance.id,
         "isolation": plan["isolation"],
-        "runtime": plan["runtime"]["version"] or plan["runtime"]["name"],
+        "runtime": _runtime(plan),
         "policy_digest": plan["policy_digest"],
         "plan_digest": plan["digest"],
         "image": plan["image"]["name"],
@@ -81,6 +97,13 @@ def prove(plan: Plan, instance: Instance, subject: Subject, *, reported_descript
         "unenforced": [item["field"] for item in plan["unenforced"]],
         "lines": lines,
     }
+
+
+def _runtime(plan: Plan) -> str:
+    """Return the version of what carries the plan out: for a kernel of its own, that of this and of what is around."""
+    outer = plan["runtime"]["version"] or plan["runtime"]["name"]
+    guest = plan.get("guest")
+    return f"{guest['version']} ({guest['platform']}) in {outer}" if guest else outer
 
 
 def _filter(plan: Plan, subject: Subject) -> Seen:
@@ -100,7 +123,7 @@ def failures(proof: Proof) -> list[str]:
     """Return "control: asked X, observed Y" for each control that does not hold."""
     return [
         f"{line['control']}: asked {words(line['asked'])}, "
-        + ("not observed" if not line["source"] else f"observed {words(line['observed'])}")
+        + (f"{line['vantage']} {words(line['observed'])}" if line["source"] else "not observed")
         for line in proof["lines"]
         if line["ok"] is False
     ]
@@ -118,26 +141,37 @@ def words(value: Value) -> str:
 def _asked(control: Control, plan: Plan, instance: Instance) -> Value:
     """Fill in what is known only of this sandbox."""
     if control["name"] == "credentials.range":
-        base, size = instance.base, plan["user"]["range_size"]
-        if not plan["rootless"]:
-            return f"0 {base} {size}"
-        # A user's own id stands for root inside: see ringfence.runtime.rootless.
-        others = f"; 1 {base + 1} {size - 1}" if size else ""
-        return id_map(f"0 {os.geteuid()} 1{others}", f"0 {os.getegid()} 1{others}")
+        return asked_range(plan, instance)
     if control["name"] == "hostname":
         return instance.id
+    if plan["isolation"] != "linux":
+        from ringfence.proof.guest import asked_of
+
+        return asked_of(control, plan, instance)
     return control["asked"]
 
 
-def _line(control: Control, asked: Value, seen: Seen) -> Line:
+def asked_range(plan: Plan, instance: Instance) -> str:
+    """Return the id map that this sandbox's user namespace has to have, as `ringfence.proof.observe.id_map`."""
+    base, size = instance.base, plan["user"]["range_size"]
+    if not plan["rootless"]:
+        return f"0 {base} {size}"
+    # A user's own id stands for root inside: see ringfence.runtime.rootless.
+    others = f"; 1 {base + 1} {size - 1}" if size else ""
+    return id_map(f"0 {os.geteuid()} 1{others}", f"0 {os.getegid()} 1{others}")
+
+
+def _line(control: Control, asked: Value, seen: Seen, told: Seen) -> Line:
+    """Compare; what was seen counts before what was told, which is hardly more than a claim."""
     name = control["name"]
-    value, source = seen.get(name, (None, ""))
+    value, source = seen.get(name) or told.get(name) or (None, "")
+    vantage: Vantage = "observed" if name in seen else "reported" if name in told else "not observable"
     return {
         "control": name,
         "field": control["field"],
         "asked": asked,
         "observed": value,
-        "vantage": "observed" if source else "not observable",
+        "vantage": vantage,
         "source": source,
         "ok": bool(source) and type(value) is type(asked) and value == asked,
     }
@@ -174,7 +208,7 @@ def _mounts(plan: Plan, subject: Subject) -> Seen:
     }
     explained = asked.union(linux["maskedPaths"], linux["readonlyPaths"], (f"/dev/{node}" for node in nodes))
     return {
-        **_binds(plan, found, source),
+        **binds(plan, found, source),
         "paths.masked": (masked, source),
         "paths.read_only": (read_only, source),
         "devices.nodes": (nodes, source),
@@ -182,8 +216,11 @@ def _mounts(plan: Plan, subject: Subject) -> Seen:
     }
 
 
-def _binds(plan: Plan, found: dict[str, Mount], source: str) -> Seen:
-    """Say of each bind mount what of the host it shows; its type is that of whatever file system that lies on."""
+def binds(plan: Plan, found: dict[str, Mount], source: str) -> Seen:
+    """Say of each bind mount what of the host it shows; its type is that of whatever file system that lies on.
+
+    `found` are the mounts of the sandbox by target. Raises OSError.
+    """
     host = mounts(os.getpid())
     seen: Seen = {}
     for op in plan["stage"]:
@@ -205,7 +242,7 @@ def _from_agent(line: Line, descriptors: int) -> Line:
     if line["source"] or line["control"] not in _UNSEEN_ROOTLESS:
         return line
     if line["control"] == "descriptors":
-        value: Value = [str(number) for number in range(descriptors)]
+        value = counted(descriptors)
         return {
             **line,
             "observed": value,
@@ -214,6 +251,11 @@ def _from_agent(line: Line, descriptors: int) -> Line:
             "ok": value == line["asked"],
         }
     return {**line, "observed": "only root can look there", "ok": None}
+
+
+def counted(descriptors: int) -> Value:
+    """Return the numbers of so many descriptors; of a count that nobody asks for not all, whoever reports it."""
+    return [str(number) for number in range(min(descriptors, _MOST_DESCRIPTORS))]
 
 
 def _kept(field: str, asked: Value) -> Line:

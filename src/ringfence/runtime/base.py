@@ -26,13 +26,37 @@ class Instance:
 
     `id` names it everywhere (host name, cgroup, directory); `directory` is its own, absolute; `staging` the empty
     directory on which every set-up builds its root, in a mount namespace of its own; `base` the first host id of
-    its range, 0 when it has none.
+    its range, 0 when it has none. `detached` says whether the job's output goes to a log, `traced` whether its
+    system calls are traced. `memory_base_bytes` is what a kernel of its own used before the job, found at the gate.
     """
 
-    __slots__ = ("base", "cgroup_path", "directory", "id", "staging")
+    __slots__ = (
+        "base",
+        "cgroup_path",
+        "detached",
+        "directory",
+        "id",
+        "memory_base_bytes",
+        "staging",
+        "traced",
+    )
 
-    def __init__(self, *, id: str, directory: str, staging: str, base: int, cgroup_path: str) -> None:
+    def __init__(
+        self,
+        *,
+        id: str,
+        directory: str,
+        staging: str,
+        base: int,
+        cgroup_path: str,
+        detached: bool = False,
+        traced: bool = False,
+        memory_base_bytes: int = 0,
+    ) -> None:
         """Hold the facts."""
+        self.detached = detached
+        self.traced = traced
+        self.memory_base_bytes = memory_base_bytes
         self.id = id
         self.directory = directory
         self.staging = staging

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from ringfence.runtime.base import Instance
 
 
-def instantiate(plan: Plan, instance: Instance, *, root: str, userns: str) -> OciConfig:
+def instantiate(plan: Plan, instance: Instance, *, userns: str) -> OciConfig:
     """Return the plan's OCI object with the instance's name, ids and cgroup filled in; the plan is not changed.
 
-    `root` is where the staged root is mounted, `userns` the path of the user namespace to join.
+    `userns` is the path of the user namespace to join.
     """
     oci = plan["oci"]
     linux = oci["linux"]
     namespaces = [
         {**space, "path": userns} if space["type"] == "user" else space for space in linux["namespaces"]
     ]
-    return {
+    made: OciConfig = {
         **oci,
-        "root": {**oci["root"], "path": root},
+        "root": {**oci["root"], "path": f"{instance.staging}/root"},
         "hostname": instance.id,
         "linux": {
             **linux,
@@ -36,15 +36,29 @@ def instantiate(plan: Plan, instance: Instance, *, root: str, userns: str) -> Oc
             "cgroupsPath": instance.cgroup_path,
         },
     }
+    if plan["guest"] is not None:
+        from ringfence.runtime.door import arguments
+
+        # The whole staging directory is the ring's root: the job's is one directory in it.
+        made["root"]["path"] = instance.staging
+        made["process"] = {**oci["process"], "args": arguments(plan, plan["guest"], instance)}
+    return made
 
 
-def write_config(plan: Plan, instance: Instance, *, root: str, userns: str) -> None:
-    """Write the bundle's config.json. Raises HostError when the disk does not take it."""
-    oci = instantiate(plan, instance, root=root, userns=userns)
-    path = f"{instance.directory}/config.json"
+def write_config(plan: Plan, instance: Instance, *, userns: str) -> None:
+    """Write the bundle's config.json, and the guest's beside its root. Raises HostError when the disk is full."""
+    _write(f"{instance.directory}/config.json", instantiate(plan, instance, userns=userns), 0o600)
+    guest = plan["guest"]
+    if guest is not None:
+        # Readable: the ring's root is another user than we are. It holds nothing that a plan does not show.
+        inner: OciConfig = {**guest["oci"], "hostname": instance.id}
+        _write(f"{instance.staging}/bundle/config.json", inner, 0o644)
+
+
+def _write(path: str, oci: OciConfig, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags, 0o600)
+        fd = os.open(path, flags, mode)
         try:
             data = memoryview(dumps(oci).encode())
             while data:
@@ -69,6 +83,7 @@ def command(plan: Plan, instance: Instance, *, preserve: int, options: tuple[str
         "--detach",
         "--preserve-fds",
         str(preserve),
+        *(("--pid-file", f"{instance.directory}/pid") if plan["guest"] is not None else ()),
         "--bundle",
         instance.directory,
         instance.id,

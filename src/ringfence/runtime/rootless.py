@@ -1,4 +1,4 @@
-"""The linux tier for a user who is not root: the whole set-up happens inside a user namespace.
+"""The first ring for a user who is not root: the whole set-up happens inside a user namespace.
 
 Mounts need CAP_SYS_ADMIN, which an ordinary user has only inside a user namespace of his own, and only a process
 with a single thread can enter one. So a second interpreter does it: it unshares, waits until newuidmap(1) and
@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.plan.document import Plan
 
+NOBODY = 65534
 _MOST_BYTES = 8 << 20
 _TIMEOUT_MS = 20_000
 # Where the caller may make no cgroup: runc calls that an error unless it is told that nobody expects one.
@@ -29,7 +30,7 @@ _WITH_CGROUP = {"runc": ("--rootless", "true"), "crun": ("--cgroup-manager=cgrou
 
 
 def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
-    """Start the agent as `ringfence.runtime.linux.start` does, without being root. Raises HostError."""
+    """Start a ring as `ringfence.runtime.ring.start` does, without being root. Raises HostError."""
     spec_r, spec_w = os.pipe2(os.O_CLOEXEC)
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
     go_r, go_w = os.pipe2(os.O_CLOEXEC)
@@ -55,8 +56,14 @@ def start_rootless(plan: Plan, instance: Instance, descriptors: tuple[int, ...])
 
 
 def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int]]:
-    """Return the (inside, host, count) map: the caller's own id as root, then the sandbox's subordinate ids."""
-    return [(0, own, 1), (1, instance.base + 1, plan["user"]["range_size"] - 1)]
+    """Return the (inside, host, count) map: the caller's own id as root, then the sandbox's subordinate ids.
+
+    gVisor gives its sentry the ids of "nobody", which lie beyond a short range: the last of the range stands for them.
+    """
+    size = plan["user"]["range_size"]
+    if plan["guest"] is None:
+        return [(0, own, 1), (1, instance.base + 1, size - 1)]
+    return [(0, own, 1), (1, instance.base + 1, size - 2), (NOBODY, instance.base + size - 1, 1)]
 
 
 def _map_own(pid: int) -> None:
@@ -140,7 +147,7 @@ def _child(count: int) -> None:
     libc.make_private("/")
     ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
     Stager(instance.staging, ids, agent).run(plan["stage"])
-    write_config(plan, instance, root=f"{instance.staging}/root", userns="")
+    write_config(plan, instance, userns="")
     options = (_WITH_CGROUP if plan["cgroup_limits"] else _WITHOUT_CGROUP)[plan["runtime"]["name"]]
     argv = command(plan, instance, preserve=count, options=options)
     os.execve(argv[0], argv, dict(os.environ))

@@ -7,6 +7,7 @@ limits and cgroup are inherited and not set up once more. The socket is mode 060
 from __future__ import annotations
 
 import _socket
+import os
 import select
 import struct
 import time
@@ -15,6 +16,7 @@ from contextlib import suppress
 from ringfence.errors import RingfenceError, SandboxError
 from ringfence.sandbox import protocol, reap
 from ringfence.sandbox.launch import failure
+from ringfence.sandbox.streams import relay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,20 +108,33 @@ def _no_answer(entry: Entry, timeout_s: float) -> SandboxError:
 class Session:
     """One more job in a running sandbox. It ends with its connection, and so with this process."""
 
-    __slots__ = ("command", "connection", "killed", "owner", "pty")
+    __slots__ = ("command", "connection", "killed", "owner", "pty", "relayed")
 
     def __init__(self, entry: Entry, command: str) -> None:
         """Connect; `command` is the first word of the job, for messages. Raises SandboxError.
 
-        `owner` are the host uid and gid of the job, (-1, -1) where nothing can be given to them (rootless).
+        `owner` are the host uid and gid of the job, (-1, -1) where nothing can be given to them (rootless,
+        or a kernel of its own). `relayed` says that a terminal needs the flag RELAY.
         """
         self.connection: protocol.Connection | None
         self.connection, self.owner = connect(entry)
-        if entry.record().get("rootless"):
+        if entry.record().get("rootless") or entry.record().get("isolation") != "linux":
             self.owner = (-1, -1)
+        self.relayed = entry.record().get("isolation") != "linux"
         self.command = command
         self.killed = False
         self.pty = -1
+
+    def start_with_terminal(self, frame: bytes) -> None:
+        """Hand over a START with TTY, and RELAY where `relayed` is set; `pty` is our end of the terminal then."""
+        if not self.relayed:
+            self.start(frame, ())
+            return
+        self.pty, theirs = relay()
+        try:
+            self.start(frame, (theirs,))
+        finally:
+            os.close(theirs)
 
     def start(self, frame: bytes, descriptors: Sequence[int]) -> None:
         """Hand over a START with HOLD, and let the job go. Raises CommandError, SandboxError when nothing was run."""

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ringfence.plan.document import ImageChoice, Plan
+    from ringfence.proof.guest import Guest
     from ringfence.proof.prove import Proof
     from ringfence.runtime.base import Starting
+    from ringfence.runtime.door import Descriptors
     from ringfence.sandbox.store import Entry
 
 # A start takes tens of milliseconds; on a machine that swaps it may take seconds.
@@ -99,7 +101,9 @@ class Running:
         "cgroup",
         "command",
         "connection",
+        "door",
         "entry",
+        "guest",
         "image_fd",
         "instance",
         "job_pid",
@@ -121,6 +125,9 @@ class Running:
             Cgroup(Layout.from_dict(plan["cgroup"]), instance.cgroup_path) if plan["cgroup_limits"] else None
         )
         self.image_fd = -1
+        # Of a sandbox with a kernel of its own: our ends of its logs, and which of the host's processes it is.
+        self.door: Descriptors | None = None
+        self.guest: Guest | None = None
         self.starting: Starting | None = None
         self.connection: protocol.Connection | None = None
         self.agent_pid = 0
@@ -134,6 +141,13 @@ class Running:
         """Return the job's uid and gid on the host, (-1, -1) where nothing can be given to them (rootless)."""
         user, base = self.plan["user"], self.instance.base
         return (-1, -1) if self.plan["rootless"] else (base + user["uid"], base + user["gid"])
+
+    def open_log(self) -> int:
+        """Return a new descriptor of what a detached job's output goes into. Raises OSError."""
+        if self.door is not None:
+            return os.dup(self.door.log)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self.entry.log_path(), flags, 0o600)
 
     def kill(self) -> None:
         """Kill the sandbox: its pid namespace dies with the agent. Waits until it is gone."""
@@ -170,10 +184,7 @@ class Running:
             self.kill()
             reap.discard(self.entry)
         finally:
-            for fd in (self.pidfd, self.pty, self.image_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self.pidfd = self.pty = self.image_fd = -1
+            self._close_descriptors()
             # Also of what could not be killed: as long as it is held, nobody else tries again.
             self.entry.unlock()
 
@@ -185,11 +196,16 @@ class Running:
         if self.starting is not None:
             self.starting.wait()
             self.starting.release()
-        for fd in (self.pidfd, self.image_fd):
+        self._close_descriptors()
+        self.entry.unlock()
+
+    def _close_descriptors(self) -> None:
+        for fd in (self.pidfd, self.pty, self.image_fd):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.image_fd = -1
-        self.entry.unlock()
+        self.pidfd = self.pty = self.image_fd = -1
+        if self.door is not None:
+            self.door.close()
 
 
 def prepare(
@@ -201,15 +217,18 @@ def prepare(
     remove: bool,
     env: Sequence[str] = (),
     cwd: str | None = None,
+    traced: bool = False,
 ) -> Running:
     """Reserve everything for a sandbox of `plan` and record it; nothing of it runs yet.
 
-    `env` and `cwd` are the job's, which `exec` starts from as well. Raises SandboxError, UsageError, HostError;
-    then nothing is left.
+    `env` and `cwd` are the job's, which `exec` starts from as well; `traced` asks for a trace of its system calls.
+    Raises SandboxError, UsageError, HostError; then nothing is left.
     """
     reap.sweep()
     if not name:
-        return _reserve(plan, name, argv, env, cwd, detached=detached, remove=remove)
+        running = _reserve(plan, name, argv, env, cwd, detached=detached, remove=remove)
+        running.instance.traced = traced
+        return running
     with store.naming():
         if store.name_taken(name):
             raise SandboxError(
@@ -255,7 +274,7 @@ def _reserve(
                 "image_digest": plan["image"]["digest"],
                 "stop_signal": plan["stop_signal"],
                 "isolation": plan["isolation"],
-                "runtime": plan["runtime"]["name"],
+                "runtime": plan["runtime"]["name"] if plan["guest"] is None else "runsc",
                 "time_s": plan["time_s"],
                 "env": _bounded(merged_env(plan["env"], env), plan["env"]),
                 "cwd": cwd or plan["cwd"],
@@ -268,7 +287,12 @@ def _reserve(
             }
         )
         instance = Instance(
-            id=entry.id, directory=entry.directory, staging=store.staging_dir(), base=base, cgroup_path=path
+            id=entry.id,
+            directory=entry.directory,
+            staging=store.staging_dir(),
+            base=base,
+            cgroup_path=path,
+            detached=detached,
         )
         running = Running(plan, entry, instance, argv[0] if argv else "")
         running.image_fd = _held(plan["image"])
@@ -303,8 +327,6 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
     `meanwhile` is called while the runtime is at work, for tens of milliseconds: the time to import what comes
     afterwards. Raises SandboxError, HostError, MountError.
     """
-    from ringfence.runtime.linux import start as start_linux
-
     if running.plan["rootless"] and running.cgroup is not None:
         # The controllers have to be switched on on the way down, and we have to step aside: only we can do that.
         running.cgroup.create()
@@ -313,7 +335,7 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
     try:
         held = () if running.image_fd < 0 else (running.image_fd,)
         descriptors = (theirs.fileno(), listener.fileno(), running.entry.lock_fd, *held)
-        running.starting = start_linux(running.plan, running.instance, descriptors)
+        _start_runtime(running, descriptors)
     except BaseException:
         ours.close()
         raise
@@ -325,7 +347,15 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
         meanwhile()
     import ringfence.proof.prove  # noqa: F401
 
-    running.agent_pid = _greeted_by(ours, running)
+    greeter = _greeted_by(ours, running)
+    if running.plan["guest"] is None:
+        running.agent_pid = greeter
+    else:
+        from ringfence.sandbox import guest
+
+        # The words of the agent inside were written by the kernel that it runs under: gVisor's sentry.
+        running.agent_pid = guest.door(running)
+        running.guest = guest.found(running, greeter)
     running.pidfd = os.pidfd_open(running.agent_pid)
     if running.cgroup is not None and running.plan["deny_devices"]:
         running.cgroup.deny_devices(running.plan["deny_devices"])
@@ -334,6 +364,20 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
         raise _died(running)
     if frame[0] != protocol.READY or protocol.decode_ready(frame[2])[0] != protocol.VERSION:
         raise SandboxError("the agent speaks another protocol", hint="run: make setup")
+
+
+def _start_runtime(running: Running, descriptors: tuple[int, ...]) -> None:
+    plan, instance = running.plan, running.instance
+    if plan["guest"] is None:
+        from ringfence.runtime.linux import start as start_linux
+
+        running.starting = start_linux(plan, instance, descriptors)
+        return
+    from ringfence.runtime.gvisor import start as start_gvisor
+
+    running.starting, running.door = start_gvisor(
+        plan, instance, descriptors, log_path=running.entry.log_path()
+    )
 
 
 def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
@@ -352,8 +396,14 @@ def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
         raise failure(payload, running.command)
     if kind == protocol.EXITED:
         raise _died(running)
-    running.pty = received[0] if received else -1
-    running.job_pid = _child_of(running.agent_pid)
+    running.pty = received[0] if received else running.pty
+    if running.guest is None:
+        running.job_pid = _child_of(running.agent_pid)
+    else:
+        from ringfence.sandbox.guest import settle
+
+        running.job_pid = running.guest.sentry_pid
+        settle(running, running.guest)
     return protocol.decode_prepared(payload)[1]
 
 
@@ -369,7 +419,13 @@ def prove_held(running: Running, reported_descriptors: int) -> Proof:
         cgroup=running.cgroup,
         rules=(),
     )
-    running.proof = prove(running.plan, running.instance, subject, reported_descriptors=reported_descriptors)
+    running.proof = prove(
+        running.plan,
+        running.instance,
+        subject,
+        reported_descriptors=reported_descriptors,
+        guest=running.guest,
+    )
     if not running.proof["holds"]:
         found = failures(running.proof)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -390,8 +446,13 @@ def go(running: Running) -> None:
 
 def _died(running: Running) -> RingfenceError:
     memory = running.cgroup is not None and running.cgroup.oom_kills() > 0
-    if not memory and running.starting is not None and running.starting.wait() != 0:
-        return _runtime_error(running)  # it had started the agent, and then failed all the same
+    if not memory and running.starting is not None:
+        if running.starting.wait() != 0:
+            return _runtime_error(running)  # it had started the agent, and then failed all the same
+        if running.plan["guest"] is not None:
+            from ringfence.sandbox import guest
+
+            return guest.failure(running)
     return SandboxError(
         "the sandbox ended before the job started" + (": the memory limit is too small" if memory else ""),
         hint="raise limits.memory (--memory)" if memory else "see --debug",
@@ -429,7 +490,7 @@ def _greeted_by(sock: _socket.socket, running: Running) -> int:
     finally:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 0)
     if not data:
-        raise _runtime_error(running)
+        raise _died(running) if running.plan["guest"] is not None else _runtime_error(running)
     for level, kind, value in ancillary:
         if level == _socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
             pid: int = _UCRED.unpack(value)[0]

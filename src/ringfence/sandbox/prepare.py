@@ -67,12 +67,13 @@ class Request:
 
     `overrides` are policy fields by dotted YAML key, `additions` are appended to the policy's own lists and
     `sysctls` to its mapping; `runtime` "" is the first that works here. `pull` is "missing", "always" or "never",
-    `platform` "" is this host's; `teller` is told how fetching goes.
+    `platform` "" is this host's; `gvisor_platform` "" is the best that works here; `teller` is told how fetching goes.
     """
 
     __slots__ = (
         "additions",
         "allow_unenforced",
+        "gvisor_platform",
         "image",
         "overrides",
         "platform",
@@ -97,6 +98,7 @@ class Request:
         allow_unenforced: tuple[str, ...] = (),
         pull: str = "missing",
         platform: str = "",
+        gvisor_platform: str = "",
         teller: Callable[[], Teller] | None = None,
     ) -> None:
         """Hold the facts; `teller` makes one when it is needed."""
@@ -111,6 +113,7 @@ class Request:
         self.allow_unenforced = tuple(sorted(set(allow_unenforced)))
         self.pull = pull
         self.platform = platform
+        self.gvisor_platform = gvisor_platform
         self.teller = teller
 
 
@@ -190,7 +193,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
     from ringfence.host.enforce import FIELDS
     from ringfence.host.sources import resolve_sources
     from ringfence.host.storage import disks_below
-    from ringfence.plan.make import make_plan
+    from ringfence.plan.make import choose_tier, make_plan
     from ringfence.plan.workload import Workload
     from ringfence.policy.load import files_of
     from ringfence.policy.paths import RUNTIME_SOCKETS
@@ -207,6 +210,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
     # Each is looked at before it is read: what changes in between makes the kept plan useless and not wrong.
     depends = {path: _look(path) for path in files_of(request.policy)}
     policy = policy_for(request)
+    tier = choose_tier(policy)
     moby = None
     if policy.seccomp not in ("default", "strict"):
         depends[policy.seccomp] = _look(policy.seccomp)
@@ -240,12 +244,19 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
         disks=disks,
         unknown_disks=unknown,
         moby=moby,
+        noticed=_noticed(layers) if tier == "gvisor" else frozenset(),
     )
+    host = detect_cached(f"{run_dir()}/host.json")
+    if tier == "gvisor":
+        from ringfence.host.gvisor import with_gvisor
+
+        host = with_gvisor(host, f"{run_dir()}/gvisor.json")
     plan = make_plan(
         policy,
         workload,
-        detect_cached(f"{run_dir()}/host.json"),
+        host,
         runtime=request.runtime or None,
+        platform=request.gvisor_platform,
         allow_unenforced=frozenset(request.allow_unenforced),
     )
     return plan, depends, image
@@ -306,6 +317,15 @@ def _contents(image: Image, policy: Policy) -> tuple[tuple[str, ...], tuple[str,
     return layers, (*ENV, *wish.env), start
 
 
+def _noticed(layers: tuple[str, ...]) -> frozenset[str]:
+    """Return which of the paths that gVisor's tier warns about are in the image."""
+    from ringfence.plan.gvisor_compat import PROGRAMS
+
+    return frozenset(
+        path for path, _, _ in PROGRAMS if any(os.path.lexists(f"{layer}/{path}") for layer in layers)
+    )
+
+
 def _signal(name: str) -> int:
     """Return the number of "SIGQUIT", "QUIT" or "3"; SIGTERM for what is none."""
     import signal
@@ -364,6 +384,7 @@ def _key(request: Request, image: Image) -> str:
         image.path,
         request.image,
         request.platform,
+        request.gvisor_platform,
         request.policy,
         request.overrides,
         request.additions,

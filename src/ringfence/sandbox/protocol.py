@@ -17,14 +17,29 @@ if TYPE_CHECKING:
 VERSION = 1
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_STRINGS = 1 << 18  # argv and env together
+MAX_REPORT_BYTES = 1 << 18
+# What a REPORTED frame may tell of: texts of /proc/PID/NAME, then of the sandbox's kernel as a whole.
+REPORT_NAMES = frozenset(
+    (
+        "status",
+        "limits",
+        "mountinfo",
+        "net/dev",
+        "uid_map",
+        "gid_map",
+        "version",
+        "hostname",
+        "no_new_privileges",
+    )
+)
 
 # host -> agent
-START, GO, SIGNAL, RESIZE, SHUTDOWN = 1, 2, 3, 4, 5
+START, GO, SIGNAL, RESIZE, SHUTDOWN, REPORT = 1, 2, 3, 4, 5, 6
 # agent -> host
-READY, PREPARED, FAILED, EXITED = 65, 66, 67, 68
+READY, PREPARED, FAILED, EXITED, REPORTED = 65, 66, 67, 68, 69
 
 # flags of START
-TTY, DETACH, HOLD = 1, 2, 4
+TTY, DETACH, HOLD, RELAY = 1, 2, 4, 8
 # stages of FAILED
 STAGE_FORK, STAGE_DESCRIPTORS, STAGE_CWD, STAGE_EXEC = 1, 2, 3, 4
 # flags of EXITED and of a log's end record
@@ -65,7 +80,7 @@ def encode_start(
     cols: int = 0,
     rows: int = 0,
 ) -> bytes:
-    """Return a START frame; `env` are ``NAME=value`` strings, `flags` of TTY | DETACH | HOLD.
+    """Return a START frame; `env` are ``NAME=value`` strings, `flags` of TTY | DETACH | HOLD | RELAY.
 
     `deadline_ms` 0 is none, counted from GO; `output_limit_bytes` 0 is none, and counts only with DETACH.
     Raises SandboxError for an empty `argv`, a relative `cwd`, a NUL byte inside a string, or too much of all.
@@ -102,6 +117,11 @@ def encode_shutdown() -> bytes:
     return encode(SHUTDOWN)
 
 
+def encode_report() -> bytes:
+    """Return the frame that asks what the sandbox's kernel says of the connection's own job, which is held."""
+    return encode(REPORT)
+
+
 def decode_ready(payload: bytes) -> tuple[int, int]:
     """Return (protocol version, pid of the agent in its own pid namespace)."""
     version, pid = _U32X2.unpack(payload)
@@ -124,6 +144,21 @@ def decode_exited(payload: bytes) -> tuple[int, int, int]:
     """Return (exit code, 128 + signal for a killed job; signal or 0; TIMED_OUT | OUTPUT_TRUNCATED)."""
     exit_code, signal, flags = _U32X3.unpack(payload)
     return exit_code, signal, flags
+
+
+def decode_reported(payload: bytes) -> dict[str, str]:
+    """Return the texts of a REPORTED frame by name, of REPORT_NAMES; one that was not to be had is missing.
+
+    They are the word of whoever is inside; bytes that are no UTF-8 come out as backslash escapes. Raises SandboxError
+    for anything but pairs of a known name, each once, and a text.
+    """
+    parts = payload.split(b"\0")
+    if len(payload) > MAX_REPORT_BYTES or parts.pop() or len(parts) % 2 or len(parts) > 2 * len(REPORT_NAMES):
+        raise SandboxError(f"the agent sent a report that is none, of {len(payload)} bytes")
+    names = [name.decode("ascii", "backslashreplace") for name in parts[::2]]
+    if len(set(names)) < len(names) or not REPORT_NAMES.issuperset(names):
+        raise SandboxError(f"the agent reported what nobody asked for: {', '.join(names)[:200]}")
+    return dict(zip(names, (text.decode("utf-8", "backslashreplace") for text in parts[1::2]), strict=True))
 
 
 def read_log(data: bytes, offset: int = 0) -> "Iterator[tuple[int, int, int, bytes]]":
@@ -186,7 +221,8 @@ class Connection:
             if not self._more(_HEADER.size - len(self._data)):
                 return None
         length, kind, flags, reserved = _HEADER.unpack_from(self._data)
-        if reserved or _ANSWER_BYTES.get(kind) != length:
+        fits = length <= MAX_REPORT_BYTES if kind == REPORTED else _ANSWER_BYTES.get(kind) == length
+        if reserved or not fits:
             raise self._refuse(f"type {kind} of {length} bytes")
         while len(self._data) < _HEADER.size + length:
             if not self._more(_HEADER.size + length - len(self._data)):

@@ -45,11 +45,13 @@ class Result:
     stdout, stderr    what was captured (bytes); empty when the streams went elsewhere
     timed_out, oom_killed, output_truncated
     usage             a `Usage`
+    notes             sentences of a kernel of its own (gVisor): what the job wanted that it lacks, why it crashed
     proof             what the kernel enforced before the first instruction; None if nothing got that far
     """
 
     __slots__ = (
         "exit_status",
+        "notes",
         "oom_killed",
         "output_truncated",
         "proof",
@@ -70,6 +72,7 @@ class Result:
         timed_out: bool = False,
         oom_killed: bool = False,
         output_truncated: bool = False,
+        notes: tuple[str, ...] = (),
         usage: Usage | None = None,
         proof: Proof | None = None,
     ) -> None:
@@ -81,6 +84,7 @@ class Result:
         self.timed_out = timed_out
         self.oom_killed = oom_killed
         self.output_truncated = output_truncated
+        self.notes = notes
         self.usage = usage or Usage(wall_s=0.0)
         self.proof = proof
 

@@ -9,7 +9,7 @@ from ringfence.errors import UsageError
 from ringfence.sandbox import launch, protocol
 from ringfence.sandbox.prepare import Request, plan_for
 from ringfence.sandbox.result import Result, Usage
-from ringfence.sandbox.streams import Attendance, Budget, Collect, Source, agent_deadline_ms
+from ringfence.sandbox.streams import Attendance, Budget, Collect, Source, agent_deadline_ms, relay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def run(
     pull: str = "missing",
     rootfs: str | None = None,
     runtime: str | None = None,
+    gvisor_platform: str | None = None,
     stdin: bytes = b"",
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
@@ -64,6 +65,7 @@ def run(
         pull=pull,
         rootfs=rootfs,
         runtime=runtime or "",
+        gvisor_platform=gvisor_platform or "",
         allow_unenforced=tuple(allow_unenforced),
     )
     plan = plan_for(request)
@@ -124,6 +126,11 @@ def start_job(
     """Hand the job to the agent, take the proof while it is held, and let it go."""
     plan = running.plan
     detached = bool(flags & protocol.DETACH)
+    relayed: list[int] = []
+    if flags & protocol.TTY and not detached and plan["guest"] is not None:
+        # A pty's master cannot leave a kernel of its own; the agent inside carries what goes through it.
+        running.pty, theirs = relay()
+        relayed, descriptors, flags = [theirs], [theirs], flags | protocol.RELAY
     frame = protocol.encode_start(
         argv,
         [os.fsencode(item) for item in launch.merged_env(plan["env"], env)],
@@ -134,7 +141,11 @@ def start_job(
         cols=window[0],
         rows=window[1],
     )
-    reported = launch.hold(running, frame, descriptors)
+    try:
+        reported = launch.hold(running, frame, descriptors)
+    finally:
+        for fd in relayed:
+            os.close(fd)
     launch.prove_held(running, reported)
     launch.go(running)
 
@@ -156,11 +167,18 @@ def finish(
     oom_killed = group is not None and group.oom_kills() > 0
     code, signal, flags = ending.exited or (KILLED + 9, 9, 0)
     timed_out = ending.timed_out or bool(flags & protocol.TIMED_OUT)
+    status = TIMED_OUT if timed_out else code & 0xFF
+    notes: tuple[str, ...] = ()
+    if running.plan["guest"] is not None and (status != 0 or ending.exited is None):
+        from ringfence.sandbox.guest import notes as guest_notes
+
+        notes = guest_notes(running, crashed=ending.exited is None and not timed_out and not oom_killed)
     if ending.exited is None and not timed_out and not oom_killed:
         # The agent is gone without a word, and not because of us: somebody killed the sandbox from outside.
         signal = 9
     return Result(
-        TIMED_OUT if timed_out else code & 0xFF,
+        status,
+        notes=notes,
         signal=signal,
         stdout=stdout,
         stderr=stderr,

@@ -349,6 +349,14 @@ class Attendance:
             raise failure(frame[2], self.running.command)
 
 
+def relay() -> tuple[int, int]:
+    """Return two ends of a connection that stands for a terminal's: ours, and the one for the agent."""
+    import _socket
+
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    return ours.detach(), theirs.detach()
+
+
 def agent_deadline_ms(time_s: float | None) -> int:
     """Return the agent's own time limit: a little later than the host's, 0 for none."""
     return 0 if time_s is None else max(1, round((time_s + _AGENT_GRACE_S) * 1000))

@@ -1,0 +1,498 @@
+"""The gVisor tier of a plan: a ring of namespaces and cgroup around runsc, and what runs behind its kernel.
+
+Two runtime-spec objects come of one policy. That of the ring is carried out by crun or runc: its processes are the
+door, gVisor's gofer and its sentry, and the policy's memory, CPU and I/O limits are those of its cgroup. That of the
+guest is carried out by runsc in it: its processes are the agent and the job, and the rest of the policy is theirs.
+Source for what runsc takes from a config.json, and its flags: https://gvisor.dev/docs/user_guide/compatibility/
+and ``runsc flags``.
+"""
+
+import msgspec
+
+from ringfence.errors import HostError, MountError
+from ringfence.host.facts import Host
+from ringfence.plan.config import BY_RUN, NAMESPACES
+from ringfence.plan.document import Control, Guest, Op, Value
+from ringfence.plan.gvisor_compat import warnings
+from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
+from ringfence.plan.oci import Capabilities, Mount, OciConfig, Rlimit
+from ringfence.plan.seccomp import ring_seccomp
+from ringfence.plan.seccomp_match import LinuxSeccomp
+from ringfence.plan.stage import AGENT, stage_controls
+from ringfence.plan.workload import Workload
+from ringfence.policy.model import Limits, Policy
+
+ROOT = "/root"
+PROGRAM = "/runsc"
+BUNDLE = "/bundle"
+STATE = "/state"
+# gVisor gives its sentry the ids of "nobody": runsc/sandbox/sandbox.go of the release 20240729.
+SENTRY_ID = 65534
+# What a runsc needs to make namespaces for its parts and to hand the gofer what it keeps.
+RING_CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_CHROOT",
+)
+# What runsc leaves its gofer, all of it in the ring's user namespace: it acts as the owner of every file it serves.
+GOFER_CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_SYS_CHROOT",
+)
+# gVisor knows the capabilities up to here (linux/capability.h of Linux 4.4); newer ones it drops in silence.
+_LAST_CAPABILITY = "CAP_AUDIT_READ"
+_NEWER = frozenset({"CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"})
+# A Go program of some goroutines, and for each process of the job a process and a thread that stand for it on the host.
+RING_PROCESSES = 320
+# While it starts; at the gate the limit becomes what is in use then, and the policy's.
+START_BYTES = 160 << 20
+_RING_FILES = 16384
+_STATE_BYTES, _STATE_INODES = 4 << 20, 256
+_SCRATCH_BYTES = 1 << 20
+_NO_SYS_BYTES = 4096
+
+
+def flags(policy: Policy, platform: str) -> list[str]:
+    """Return runsc's global flags: everything that could reach the host off, whatever its defaults become."""
+    # What is mounted from the host may change under the sandbox; what only the sandbox sees cannot.
+    access = "shared" if policy.filesystem.mounts else "exclusive"
+    return [
+        f"--platform={platform}",
+        "--network=none",
+        "--directfs=false",
+        "--overlay2=none",
+        "--host-uds=none",
+        "--host-fifo=none",
+        "--oci-seccomp=true",
+        "--ignore-cgroups=true",
+        f"--file-access-mounts={access}",
+        "--net-raw=false",
+        "--nvproxy=false",
+        "--tpuproxy=false",
+        "--debug=false",
+        "--allow-flag-override=false",
+    ]
+
+
+def choose_platform(host: Host, wanted: str) -> str:
+    """Return the platform that intercepts system calls: `wanted`, or for "" the best that works here.
+
+    Raises HostError when runsc is missing, too old, or nothing it offers works.
+    """
+    facts = host.gvisor
+    if "runsc" not in host.runtimes or facts is None:
+        raise HostError("runsc is not installed", hint="apt-get install runsc, then 'ringfence doctor'")
+    if facts.missing:
+        raise HostError(
+            f"{host.runtimes['runsc'].path} is too old: it lacks {', '.join(facts.missing)}",
+            hint="Debian 13 has a newer runsc; docs/install.md says how to get it on Debian 12",
+        )
+    if wanted:
+        if wanted in facts.platforms:
+            return wanted
+        why = facts.reasons.get(wanted, "runsc knows no such platform")
+        raise HostError(
+            f"gVisor's platform {wanted} does not work here: {why}", hint="leave --gvisor-platform out"
+        )
+    if not facts.platforms:
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(facts.reasons.items()))
+        raise HostError(f"no platform of gVisor works here ({why})", hint="-i linux, or another host")
+    return facts.platforms[0]
+
+
+def check(policy: Policy, workload: Workload) -> None:
+    """Refuse what gVisor would drop in silence and no table of fields can know. Raises HostError, MountError."""
+    unknown = [name for name in policy.capabilities if name in _NEWER]
+    if unknown:
+        raise HostError(
+            f"gVisor does not know {', '.join(unknown)}",
+            hint=f"it knows the capabilities up to {_LAST_CAPABILITY}; -i linux has all",
+        )
+    for source in workload.sources:
+        if source.kind in ("socket", "fifo"):
+            raise MountError(
+                f"gVisor does not open the host's {source.kind} {source.source!r}",
+                hint="use -i linux, or mount a directory of plain files",
+            )
+
+
+def guest(
+    policy: Policy,
+    host: Host,
+    *,
+    platform: str,
+    user: tuple[int, int],
+    seccomp: LinuxSeccomp,
+    ops: list[Op],
+    skip: frozenset[str],
+) -> Guest:
+    """Return what runs behind the sentry: the agent under the job's user, with the job's rights and limits."""
+    uid, gid = user
+    capabilities = list(policy.capabilities)
+    sets: Capabilities = {
+        "bounding": capabilities,
+        "effective": capabilities,
+        "inheritable": capabilities,
+        "permitted": capabilities,
+        "ambient": capabilities,
+    }
+    program = host.runtimes["runsc"]
+    oci: OciConfig = {
+        "ociVersion": "1.0.2",
+        "root": {"path": ROOT, "readonly": policy.filesystem.root == "read-only"},
+        "process": {
+            "terminal": False,
+            "user": {"uid": uid, "gid": gid, "additionalGids": [], "umask": 0o022},
+            "args": [AGENT],
+            "env": [],
+            "cwd": "/",
+            "capabilities": sets,
+            "rlimits": guest_rlimits(policy.limits, skip),
+            "noNewPrivileges": True,
+        },
+        "hostname": BY_RUN,
+        "mounts": _guest_mounts(policy, ops),
+        "linux": {
+            # A user namespace of its own would be one of the sentry's: the ring has a real one already.
+            "namespaces": [{"type": kind} for kind in NAMESPACES if kind not in ("user", "cgroup")],
+            "uidMappings": [],
+            "gidMappings": [],
+            "cgroupsPath": "",
+            "resources": {},
+            "sysctl": {},
+            "seccomp": seccomp,
+            "rootfsPropagation": "private",
+            "maskedPaths": [],
+            "readonlyPaths": [],
+        },
+    }
+    return {
+        "program": program.path,
+        "version": program.version_text,
+        "platform": platform,
+        "flags": flags(policy, platform),
+        "oci": oci,
+    }
+
+
+def guest_rlimits(limits: Limits, skip: frozenset[str]) -> list[Rlimit]:
+    """Return the job's rlimits, which the sentry keeps; RLIMIT_NPROC stands for both limits on processes.
+
+    The sentry counts tasks of a user id against it, and there is no pids controller behind it that could do more.
+    """
+    counts = [limits.pids if "limits.pids" not in skip else None, limits.threads]
+    least = min((count for count in counts if count is not None), default=None)
+    return rlimits(msgspec.structs.replace(limits, threads=least), skip - {"limits.threads"})
+
+
+def _guest_mounts(policy: Policy, ops: list[Op]) -> list[Mount]:
+    shm = ["nosuid", "nodev", "noexec", f"size={policy.limits.shm_bytes}", "mode=1777"]
+    mounts: list[Mount] = [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "nodev", "noexec"]},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "noexec", "mode=755"],
+        },
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": shm},
+    ]
+    if policy.filesystem.sysfs:
+        mounts.append(
+            {
+                "destination": "/sys",
+                "type": "sysfs",
+                "source": "sysfs",
+                "options": ["nosuid", "nodev", "noexec", "ro"],
+            }
+        )
+    else:
+        # runsc mounts a /sys where the spec has none.
+        mounts.append(
+            {
+                "destination": "/sys",
+                "type": "tmpfs",
+                "source": "none",
+                "options": ["nosuid", "nodev", "noexec", "ro", f"size={_NO_SYS_BYTES}"],
+            }
+        )
+    # Recursively: the kernel shows no mount in another user namespace without what is mounted below it.
+    for target, read_only in _served(ops):
+        way = "ro" if read_only else "rw"
+        mounts.append(
+            {
+                "destination": target,
+                "type": "bind",
+                "source": ROOT + target,
+                "options": ["rbind", "nosuid", "nodev", way],
+            }
+        )
+    return mounts
+
+
+def _served(ops: list[Op]) -> list[tuple[str, bool]]:
+    """Return (target, read-only) of every mount that is staged below the root, which the gofer serves one by one."""
+    found: list[tuple[str, bool]] = []
+    for op in ops:
+        if op["op"] == "tmpfs" and op["at"].startswith("root/"):
+            found.append((op["at"].removeprefix("root"), False))
+        elif op["op"] == "share":
+            found.append((op["at"], False))
+        elif op["op"] == "bind" and op["below"] == "root":
+            found.append((op["at"], op["read_only"]))
+    return found
+
+
+def ring_stage(ops: list[Op], program: str) -> list[Op]:
+    """Return `ops` and what the ring has beside the job's root: the door, runsc, and room for its state."""
+    mine: list[Op] = [
+        {"op": "directory", "at": name, "mode": 0o755, "owner": "root"}
+        for name in ("proc", "dev", "tmp", "state", "bundle")
+    ]
+    mine.append({"op": "agent", "at": AGENT.removeprefix("/")})
+    mine.append({"op": "file", "at": PROGRAM.removeprefix("/"), "text": "", "mode": 0o755})
+    mine.append(
+        {
+            "op": "bind",
+            "source": program,
+            "at": PROGRAM.removeprefix("/"),
+            "below": "stage",
+            "kind": "file",
+            "ids": "none",
+            "read_only": True,
+        }
+    )
+    return [*ops, *mine]
+
+
+def ring_limits(limits: Limits) -> Limits:
+    """Return the limits of the ring's cgroup: the policy's, with room for the sentry's own processes."""
+    if limits.pids is None:
+        return limits
+    return msgspec.structs.replace(limits, pids=2 * limits.pids + RING_PROCESSES - AGENT_PROCESSES)
+
+
+def ring(
+    policy: Policy,
+    host: Host,
+    *,
+    platform: str,
+    range_size: int,
+    disks: Disks,
+    skip: frozenset[str],
+) -> OciConfig:
+    """Return the runtime-spec object of the ring; the runtime's command line is filled in for each sandbox."""
+    names = list(RING_CAPABILITIES)
+    sets: Capabilities = {
+        "bounding": names,
+        "effective": names,
+        "inheritable": [],
+        "permitted": names,
+        "ambient": [],
+    }
+    devices = ("c 10:232 rw",) if platform == "kvm" else ()
+    limited = resources(ring_limits(policy.limits), host, disks=disks, skip=skip, devices=devices)
+    memory = limited["memory"]
+    if "limit" in memory:
+        memory["limit"] += START_BYTES
+        if "swap" in memory:
+            memory["swap"] += START_BYTES
+    mapping = {"containerID": 0, "hostID": 0, "size": range_size}
+    kinds = [kind for kind in NAMESPACES if not (kind == "user" and host.rootless)]
+    files = min(_RING_FILES, host.hard_limits.get("nofile") or _RING_FILES)
+    return {
+        "ociVersion": "1.0.2",
+        "root": {"path": BY_RUN, "readonly": not host.rootless},
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0, "additionalGids": [], "umask": 0o022},
+            "args": [AGENT],
+            "env": [],
+            "cwd": "/",
+            "capabilities": sets,
+            "rlimits": [
+                {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+                {"type": "RLIMIT_NOFILE", "soft": files, "hard": files},
+            ],
+            "noNewPrivileges": True,
+        },
+        "hostname": BY_RUN,
+        "mounts": _ring_mounts(platform),
+        "linux": {
+            "namespaces": [
+                {"type": kind, "path": BY_RUN} if kind == "user" else {"type": kind} for kind in kinds
+            ],
+            "uidMappings": [] if host.rootless else [{**mapping}],  # type: ignore[typeddict-item]
+            "gidMappings": [] if host.rootless else [{**mapping}],  # type: ignore[typeddict-item]
+            "cgroupsPath": BY_RUN,
+            "resources": limited,
+            "sysctl": {},
+            "seccomp": ring_seccomp(host.arch, RING_CAPABILITIES),
+            "rootfsPropagation": "private",
+            # runsc mounts a /proc for its parts, which the kernel allows only beside one that hides nothing.
+            "maskedPaths": [],
+            "readonlyPaths": [],
+        },
+    }
+
+
+def _ring_mounts(platform: str) -> list[Mount]:
+    small = ["nosuid", "nodev", "noexec"]
+    mounts: list[Mount] = [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": small},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "noexec", "mode=755", "size=65536", "nr_inodes=64"],
+        },
+        {
+            "destination": "/tmp",
+            "type": "tmpfs",
+            "source": "tmp",
+            "options": [*small, "mode=755", f"size={_SCRATCH_BYTES}", "nr_inodes=64"],
+        },
+        {
+            "destination": STATE,
+            "type": "tmpfs",
+            "source": "state",
+            "options": [*small, "mode=700", f"size={_STATE_BYTES}", f"nr_inodes={_STATE_INODES}"],
+        },
+    ]
+    if platform == "kvm":
+        mounts.append(
+            {
+                "destination": "/dev/kvm",
+                "type": "bind",
+                "source": "/dev/kvm",
+                "options": ["bind", "nosuid", "noexec"],
+            }
+        )
+    return mounts
+
+
+def controls(
+    policy: Policy,
+    host: Host,
+    made: Guest,
+    ring_oci: OciConfig,
+    ops: list[Op],
+    *,
+    range_size: int,
+    disks: Disks,
+    limited: bool,
+    skip: frozenset[str],
+) -> list[Control]:
+    """Return what must be seen: of the job what the sentry reports, of the sentry and its parts what the host sees."""
+    process = made["oci"]["process"]
+    rows: list[tuple[str, str, Value]] = [
+        ("credentials.uid", "user", process["user"]["uid"]),
+        ("credentials.gid", "user", process["user"]["gid"]),
+        ("credentials.groups", "user", []),
+        *(
+            (f"capabilities.{kind}", "capabilities", sorted(policy.capabilities))
+            for kind in ("inheritable", "permitted", "effective", "bounding")
+        ),
+        ("no_new_privileges", "no_new_privileges", True),
+        ("seccomp.mode", "seccomp", "filter"),
+        *(
+            (
+                f"rlimit.{limit['type'].removeprefix('RLIMIT_').lower()}",
+                _RLIMIT_FIELDS[limit["type"]],
+                limit["hard"],
+            )
+            for limit in process["rlimits"]
+        ),
+        ("hostname", "namespaces", None),
+        ("kernel", "isolation", "own"),
+        ("network.interfaces", "network.mode", ["lo"]),
+        ("guest.mount:/sys", "filesystem.sysfs", _sys_words(policy)),
+        ("guest.mount:/dev/shm", "limits.shm", f"tmpfs rw size={policy.limits.shm_bytes}"),
+        ("descriptors", "descriptors", ["0", "1", "2"]),
+    ]
+    rows += _part_rows(host, range_size)
+    found: list[Control] = [{"name": name, "field": field, "asked": asked} for name, field, asked in rows]
+    if limited:
+        groups = cgroup_controls(ring_limits(policy.limits), host, disks=disks, skip=skip)
+        for control in groups:
+            if control["name"] == "cgroup.membership":
+                found += [
+                    {**control, "name": f"{part}.cgroup.membership"} for part in ("sentry", "gofer", "door")
+                ]
+            else:
+                found.append(control)
+        if ring_oci["linux"]["resources"].get("devices") and host.cgroup.version in ("v1", "hybrid"):
+            found.append({"name": "cgroup.devices", "field": "devices", "asked": _device_rules(ring_oci)})
+    return [
+        *found,
+        *stage_controls(ops),
+        {"name": "mounts.others", "field": "filesystem.mounts", "asked": []},
+    ]
+
+
+_RLIMIT_FIELDS = {
+    "RLIMIT_CORE": "limits.core",
+    "RLIMIT_FSIZE": "limits.file_size",
+    "RLIMIT_NOFILE": "limits.open_files",
+    "RLIMIT_NPROC": "limits.threads",
+    "RLIMIT_STACK": "limits.stack",
+}
+
+
+def _sys_words(policy: Policy) -> str:
+    return "sysfs ro" if policy.filesystem.sysfs else f"tmpfs ro size={_NO_SYS_BYTES}"
+
+
+def _device_rules(ring_oci: OciConfig) -> list[str]:
+    return sorted(
+        f"{rule['type']} {rule['major']}:{rule['minor']} {rule['access']}"
+        for rule in ring_oci["linux"]["resources"]["devices"]
+        if rule["allow"] and "type" in rule and "major" in rule and "minor" in rule
+    )
+
+
+def _part_rows(host: Host, range_size: int) -> list[tuple[str, str, Value]]:
+    """Say what the door, the gofer and the sentry are reduced to, each of them a process of the host's."""
+    rows: list[tuple[str, str, Value]] = []
+    # Without root the range is shorter, and its last id stands for the sentry's.
+    sentry = SENTRY_ID if not host.rootless else range_size - 1
+    for part, own_id, capabilities, filters in (
+        ("sentry", sentry, (), 2),
+        ("gofer", 0, GOFER_CAPABILITIES, 2),
+        ("door", 0, (), 1),
+    ):
+        rows += [
+            (f"{part}.credentials.uid", "user", own_id),
+            (f"{part}.credentials.gid", "user", own_id),
+            *(
+                (f"{part}.capabilities.{kind}", "capabilities", sorted(capabilities))
+                for kind in ("permitted", "effective", "bounding")
+            ),
+            (f"{part}.no_new_privileges", "no_new_privileges", True),
+            (f"{part}.seccomp.mode", "seccomp", "filter"),
+            (f"{part}.seccomp.filters", "seccomp", filters),
+            *(
+                (f"{part}.namespace.{kind}", "user" if kind == "user" else "namespaces", "own")
+                for kind in NAMESPACES
+            ),
+        ]
+    rows.append(("sentry.program", "isolation", None))
+    rows.append(("gofer.program", "isolation", None))
+    rows.append(("sentry.network.interfaces", "network.mode", ["lo"]))
+    return rows
+
+
+def notes(policy: Policy, workload: Workload) -> list[str]:
+    """Return warnings: what the policy or the image needs and gVisor does not have."""
+    return warnings(policy, workload)
