@@ -116,6 +116,11 @@ static void end_relay(struct client *client) {
   relay_close(relay);
 }
 
+static void give_up_relay(struct client *client) {
+  if (client->job.relay.sock >= 0) client->job.output.truncated = true;
+  end_relay(client);
+}
+
 /* What the end of a terminal's other side is to a job: SIGHUP, and nothing more to read. */
 static void hang_up(struct client *client) {
   end_relay(client);
@@ -366,8 +371,7 @@ static void finish_relay(struct client *client, int64_t now) {
   struct relay *relay = &client->job.relay;
   if (relay->sock < 0 || client->job.state != JOB_ENDING) return;
   if (now >= client->job.drain_by) {
-    client->job.output.truncated = true;
-    end_relay(client);
+    give_up_relay(client);
   } else if (!relay->last && (client != main_client || sandbox.childless || now >= sandbox.end_by)) {
     relay_finish(relay);
     client_relay(client, false);
@@ -447,7 +451,7 @@ static void conclude(struct client *client) {
   struct job *job = &client->job;
   uint32_t code = exit_code(job);
   if (output_is_stuck(&job->output) && !is_drained(job)) job->output.truncated = true;
-  end_relay(client);
+  give_up_relay(client);
   close_sources(job);
   if (job->output.held) unwatch(job->output.log);
   if (job->output.truncated) job->end_flags |= OUTPUT_TRUNCATED;

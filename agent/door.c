@@ -28,7 +28,7 @@ enum { FEED = 4 }; /* what the agent inside has in the listener's place */
 enum { PIECE_BYTES = 1 << 14, MOST_WORDS_BYTES = 1 << 16 };
 enum { MAX_EVENTS = 8, SIGNALS_A_TURN = 8, REAPED_A_TURN = 64, LAST_PIECES = 4096 };
 enum { ENDING_MS = 2000, ACCEPT_AGAIN_MS = 1000 };
-enum about { ABOUT_SIGNALS, ABOUT_LISTENER, ABOUT_WORDS, ABOUT_LOG };
+enum about { ABOUT_SIGNALS, ABOUT_LISTENER, ABOUT_FEED, ABOUT_WORDS, ABOUT_LOG };
 enum moved { MOVED, EMPTY, OVER };
 
 /* Bytes on their way from a pipe into a file, up to a bound; what is beyond is read and dropped. */
@@ -44,6 +44,7 @@ static int feed = -1; /* connections go in here */
 static struct drain words = {.from = -1, .to = -1};
 static struct drain log_drain = {.from = -1, .to = -1};
 static pid_t starter;        /* the runtime; 0 once it has started the sandbox */
+static bool closed;          /* nobody holds the feed's other end */
 static bool reap_again;      /* stopped reaping to see to other things */
 static int64_t end_by = INT64_MAX;
 static int64_t accept_after; /* something was short; 0: the listener is watched */
@@ -176,6 +177,7 @@ static bool start_runtime(char **argv) {
   int pipes[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0 || pipe2(pipes, O_CLOEXEC) != 0) return false;
   feed = ends[0];
+  if (!watch(EPOLL_CTL_ADD, feed, ABOUT_FEED, 0)) return false; /* for its hang-up alone: nothing is read from it */
   if (!open_drain(&words, pipes[0], WORDS, MOST_WORDS_BYTES, ABOUT_WORDS)) return false;
   starter = fork();
   if (starter == 0) become_runtime(argv, ends[1], pipes[1]);
@@ -224,16 +226,22 @@ static bool set_up(uint64_t log_bytes) {
 
 /* The end */
 
+/* Of other processes nothing is known: helpers of the runtime's, or what a hostile kernel has made. */
 static void note_death(pid_t pid, int status) {
-  if (pid == starter) {
-    starter = 0;
-    if (!WIFEXITED(status)) leave(EXIT_OWN_FAILURE);
-    if (WEXITSTATUS(status) != 0) leave(WEXITSTATUS(status));
-  } else if (starter == 0 && end_by == INT64_MAX) {
-    /* With one of its processes the sandbox is gone, and the others follow by themselves, but must not take for ever.
-       While the runtime lives it may be a helper of its own. */
-    end_by = now_ms() + ENDING_MS;
-  }
+  if (pid != starter) return;
+  starter = 0;
+  if (!WIFEXITED(status)) leave(EXIT_OWN_FAILURE);
+  if (WEXITSTATUS(status) != 0) leave(WEXITSTATUS(status));
+}
+
+/* The kernel inside is gone. What is left of the sandbox follows by itself, but must not take for ever. */
+static void on_feed(void) {
+  closed = true;
+  epoll_ctl(events, EPOLL_CTL_DEL, feed, NULL);
+}
+
+static void note_end(int64_t now) {
+  if (closed && starter == 0 && end_by == INT64_MAX) end_by = now + ENDING_MS;
 }
 
 static void reap_all(void) {
@@ -265,6 +273,7 @@ static void on_event(enum about about) {
   switch (about) {
     case ABOUT_SIGNALS: on_signals(); break;
     case ABOUT_LISTENER: on_listener(); break;
+    case ABOUT_FEED: on_feed(); break;
     case ABOUT_WORDS: on_drain(&words); break;
     case ABOUT_LOG: on_drain(&log_drain); break;
   }
@@ -274,6 +283,7 @@ static _Noreturn void serve(void) {
   for (;;) {
     if (reap_again) reap_all();
     int64_t now = now_ms();
+    note_end(now);
     if (now >= end_by) leave(0); /* what is left dies with PID 1 */
     listen_again(now);
     struct epoll_event found[MAX_EVENTS];

@@ -153,7 +153,8 @@ bool output_pump(struct output *output, int source) {
 
 /* A full disk or file: give the last record's room to the end record. */
 static bool drop_last_record(struct output *output) {
-  if (output->held || output->last_record == output->end || ftruncate(output->log, output->last_record) != 0) return false;
+  if (output->held || output->last_record == output->end) return false;
+  if (ftruncate(output->log, output->last_record) != 0) return false;
   output->end = output->last_record;
   output->dropped += output->last_bytes;
   output->truncated = true;

@@ -137,8 +137,8 @@ bool wire_send(const struct wire *wire, uint8_t type, const uint32_t *words, uin
   struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
   union rights rights;
   if (descriptor >= 0) attach(&message, &rights, descriptor);
-  /* A connection gets three small frames in its life, far less than the smallest socket buffer: if they do not fit, the peer
-     does not read, and is dropped. So no queue is needed and nothing here can block. */
+  /* A connection gets three small frames in its life, far less than the smallest socket buffer: if they do not fit, the
+     peer does not read, and is dropped. So no queue is needed and nothing here can block. */
   return send_once(wire->sock, &message) == (ssize_t)part.iov_len;
 }
 

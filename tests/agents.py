@@ -95,7 +95,7 @@ class Frames:
         """START `argv` with a pipe as stdout and return all that it writes, up to the end."""
         reading, writing = os.pipe()
         with open(reading, "rb") as pipe, open(os.devnull, "r+b") as null:
-            self.start(*argv, stdio=(null.fileno(), writing, null.fileno()), **more)
+            self.start(*argv, stdio=(null.fileno(), writing, null.fileno()), **more)  # type: ignore[arg-type]
             os.close(writing)
             return pipe.read()
 

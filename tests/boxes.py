@@ -24,11 +24,12 @@ def bind(source: Path | str, target: str, mode: str = "ro", **more: object) -> d
 
 
 class Sandboxes:
-    """Starts sandboxes of one runtime under `untrusted`; `limits` and the like are overrides."""
+    """Starts sandboxes of one runtime and tier under `untrusted`; `limits` and the like are overrides."""
 
-    def __init__(self, runtime: str, probes: Path) -> None:
+    def __init__(self, runtime: str, probes: Path, isolation: str = "linux") -> None:
         self.runtime = runtime
         self.probes = probes
+        self.isolation = isolation
 
     def run(
         self,
@@ -46,6 +47,7 @@ class Sandboxes:
         fields["filesystem.mounts"] = mounts
         if any(mount.get("mode") == "rw" for mount in mounts):
             more.setdefault("allow_unenforced", UNTHROTTLED)
+        more.setdefault("isolation", self.isolation)
         return ringfence.run(argv, runtime=self.runtime, timeout=timeout, overrides=fields, **more)  # type: ignore[arg-type]
 
     def ask(self, code: str, overrides: dict[str, object] | None = None, **more: object) -> dict[str, Plain]:

@@ -11,19 +11,16 @@ import pytest
 
 import leftovers
 from boxes import USER, Sandboxes
+from detached import Cli, until
 from needs import COMPILERS, PROBES
+from ringfence.sandbox import store
 
 HERE = Path(__file__).parent
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):
-        for need in mark.args:
-            reason = PROBES[need]()  # an unknown need is a KeyError, not a skip
-            if reason and os.environ.get("RINGFENCE_STRICT"):
-                pytest.fail(f"{need} is required here: {reason}", pytrace=False)
-            if reason:
-                pytest.skip(f"needs {need}: {reason}")
+        _require(*mark.args)
 
 
 @pytest.fixture(scope="session")
@@ -61,19 +58,55 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture(scope="session", params=["crun", "runc"])
 def runtime(request: pytest.FixtureRequest) -> str:
     """Each runtime of the linux tier after the other."""
-    for need in ("root", "userns", "image:base", request.param):
-        reason = PROBES[need]()
+    _require("root", "userns", "image:base", request.param)
+    return str(request.param)
+
+
+def _require(*needs: str) -> None:
+    for need in needs:
+        reason = PROBES[need]()  # an unknown need is a KeyError, not a skip
         if reason and os.environ.get("RINGFENCE_STRICT"):
             pytest.fail(f"{need} is required here: {reason}", pytrace=False)
         if reason:
             pytest.skip(f"needs {need}: {reason}")
-    return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def sandboxes(runtime: str, home: Path, probes: Path) -> Sandboxes:
     """Sandboxes of both runtimes, one after the other."""
     return Sandboxes(runtime, probes)
+
+
+@pytest.fixture(scope="session")
+def guests(home: Path, probes: Path) -> Sandboxes:
+    """Sandboxes of the gVisor tier, in rings made by crun."""
+    _require("root", "userns", "image:base", "crun", "runsc")
+    return Sandboxes("crun", probes, isolation="gvisor")
+
+
+@pytest.fixture
+def cli(home: Path) -> Iterator[Cli]:
+    """The command line; whatever a test leaves is removed with it, and nothing of it may be left."""
+    yield from _and_nothing_left(Cli(home))
+
+
+@pytest.fixture
+def gvisor(home: Path) -> Iterator[Cli]:
+    """The same, at the gVisor tier."""
+    _require("root", "userns", "image:base", "crun", "runsc")
+    yield from _and_nothing_left(Cli(home, isolation="gvisor"))
+
+
+def _and_nothing_left(made: Cli) -> Iterator[Cli]:
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+    made.look()
+    made("rm", "--all", "--force", status=None)
+    until(lambda: not any(entry.alive() for entry in store.entries()))
+    made("gc")
+    assert made.remains() == []
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,18 @@
 `@pytest.mark.requires("root", "crun")` skips with that reason; with RINGFENCE_STRICT set it fails instead.
 """
 
+import functools
 import os
 import platform
 import shutil
 from collections.abc import Callable
 
-from ringfence.host import places
+import msgspec
+
+from ringfence.host import places, sentry
 from ringfence.host.cgroups import cgroup_facts
+from ringfence.host.detect import detect
+from ringfence.host.gvisor import gvisor_facts
 from ringfence.image import store
 from ringfence.linux.paths import state_dir
 
@@ -26,6 +31,13 @@ def _runtime(name: str) -> Callable[[], str]:
 
 def _program(name: str) -> Callable[[], str]:
     return lambda: "" if shutil.which(name) else f"{name} is not installed"
+
+
+@functools.cache
+def _runsc() -> str:
+    host = detect()
+    lacking = sentry.lack(msgspec.structs.replace(host, gvisor=gvisor_facts(host)))
+    return lacking.reason if lacking else ""
 
 
 def _userns() -> str:
@@ -62,6 +74,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "crun": _runtime("crun"),
     "runc": _runtime("runc"),
+    "runsc": _runsc,
     "skopeo": _program("skopeo"),
     "umoci": _program("umoci"),
     "docker-registry": _program("docker-registry"),

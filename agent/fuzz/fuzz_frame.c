@@ -25,6 +25,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct header header;
     if (!parse_header(data, &header)) return 0;
     if (header.length > MAX_PAYLOAD_BYTES || descriptors_of(&header) > 3) abort();
+    bool relays = header.type == START && header.flags & START_RELAY;
+    if (relays && (!(header.flags & START_TTY) || header.flags & START_DETACH || descriptors_of(&header) != 1)) abort();
     data += HEADER_BYTES;
     size -= HEADER_BYTES;
     /* A frame that promises more than there is: parse what there is, as if the header had said so. */

@@ -23,6 +23,8 @@ SEEDS = {
     "tty": start(1, [b"sh"], [b"TERM=dumb"]) + frame(4, 0, struct.pack("<HH", 132, 43)),
     "detached": start(2, [b"sleep", b"9"], []) + frame(3, 0, struct.pack("<I", 15)),
     "empty-strings": start(7, [b"", b""], [b""]),
+    "relayed": start(9, [b"sh"], [b"TERM=dumb"]) + frame(4, 0, struct.pack("<HH", 132, 43)),
+    "relayed-held": start(13, [b"sh"], []) + frame(6, 0, b"") + frame(2, 0, b""),
     "shutdown": frame(5, 0, b""),
 }
 

@@ -670,6 +670,79 @@ def test_many_connections(agent: Agent) -> None:
         frames.connection.close()
 
 
+# The feed
+
+
+@pytest.fixture
+def fed(agents: Callable[..., Agent]) -> tuple[Agent, socket.socket]:
+    """An agent whose connections are sent to it, and where to send them."""
+    agent = agents(feed=True)
+    assert agent.ready() == 1
+    assert agent.feed is not None
+    return agent, agent.feed
+
+
+def test_connections_over_the_feed(fed: tuple[Agent, socket.socket]) -> None:
+    """What the door sends is served as what connects itself would be, and not before the main job is let go."""
+    agent, _ = fed
+    agent.start("sleep", "1000", flags=HOLD)
+    agent.prepared()
+    early = agent.connect()
+    assert not select.select([early.sock], [], [], 0.05)[0]
+    agent.send(encode_go())
+    early.ready()
+    held = [agent.exec() for _ in range(31)]
+    late = agent.connect()
+    assert not select.select([late.sock], [], [], 0.05)[0]
+    held.pop().connection.close()
+    late.ready()
+    assert late.output("echo", "served") == b"served\n"
+    agent.exec().send(encode_signal(signal.SIGTERM))
+    assert agent.exited() == (143, 15, 0)
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 10])
+def test_what_is_no_connection_is_dropped(fed: tuple[Agent, socket.socket], count: int) -> None:
+    """Bytes with no descriptor, or more than one, open nothing and stay with nobody; the next one is served."""
+    agent, feed = fed
+    reading, writing = os.pipe()
+    for _ in range(20):
+        if count:
+            socket.send_fds(feed, [b"C"], [writing] * count)
+        else:
+            feed.send(bytes(100))
+    os.close(writing)
+    assert agent.exec().output("echo", "served") == b"served\n"
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+def test_connection_that_is_none(fed: tuple[Agent, socket.socket]) -> None:
+    """A descriptor that is no socket, or a socket whose other end is gone, is closed."""
+    agent, feed = fed
+    reading, writing = os.pipe()
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs:
+        socket.send_fds(feed, [b"C"], [theirs.fileno()])
+    socket.send_fds(feed, [b"C"], [writing])
+    os.close(writing)
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    assert agent.exec().output("echo", "served") == b"served\n"
+
+
+def test_end_of_the_feed(fed: tuple[Agent, socket.socket]) -> None:
+    """Without the door nothing more connects; the main job is not disturbed, and nothing spins."""
+    agent, feed = fed
+    agent.start("sh", "-c", "sleep 0.5; exit 3")
+    agent.prepared()
+    open_one = agent.exec()
+    feed.close()
+    assert open_one.output("echo", "served") == b"served\n"
+    assert agent.exited() == (3, 0, 0)
+
+
 # Against hostile jobs
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from agents import AS_NOBODY, Agent, Frames, children, cpu_ticks, eventually, starting
+from ringfence.errors import SandboxError
 from ringfence.sandbox import protocol
 from ringfence.sandbox.protocol import (
+    EXITED,
     HOLD,
     OUTPUT_TRUNCATED,
     PREPARED,
@@ -352,14 +354,18 @@ def test_report_is_what_the_kernel_says(agent: Agent) -> None:
     assert agent.exited() == (3, 0, 0)
 
 
-def test_report_leaves_out_what_is_closed(agents: Callable[..., Agent]) -> None:
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("hidden", [False, True])
+def test_report_leaves_out_what_is_closed(agents: Callable[..., Agent], hidden: bool) -> None:
     """An agent without rights tells what it may read, and nothing in place of the rest."""
-    agent = agents(*AS_NOBODY, "--no-new-privs")
+    hide = "mount -o remount,hidepid=invisible /proc && " if hidden else ""
+    agent = agents("sh", "-c", hide + 'exec "$@"', "sh", *AS_NOBODY, "--no-new-privs")
     agent.ready()
     held(agent, "true")
     told = report(agent)
     assert told["no_new_privileges"] == "1"
-    assert {"status", "version", "hostname"} <= set(told) < protocol.REPORT_NAMES
+    general = {"version", "hostname", "no_new_privileges"}
+    assert set(told) == general if hidden else set(told) > general
     assert all(told.values())
     agent.send(encode_go())
     assert agent.exited() == (0, 0, 0)
@@ -393,11 +399,17 @@ def test_report_only_before_go(agent: Agent, when: str) -> None:
 
 
 def test_report_of_a_dead_job(agent: Agent) -> None:
-    """A held job that was killed has no report, only its end."""
+    """Asked for a held job that was killed, the agent tells its end, after a report at most."""
     os.kill(held(agent, "true"), signal.SIGKILL)
-    with contextlib.suppress(Exception):  # it may be over before it is asked
+    with contextlib.suppress(SandboxError):  # it may be over before it is asked
         agent.send(encode_report())
-    assert agent.exited() == (137, 9, 0)
+    frame = agent.connection.recv()
+    assert frame is not None
+    if frame[0] == REPORTED:
+        frame = agent.connection.recv()
+        assert frame is not None
+    assert frame[0] == EXITED
+    assert protocol.decode_exited(frame[2]) == (137, 9, 0)
 
 
 # Mounts whose lines in mountinfo are some 7 KiB each.

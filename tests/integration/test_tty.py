@@ -1,11 +1,6 @@
 """``run -it`` through a real terminal: what the job sees of it, what reaches the job, and how it is left behind."""
 
-import fcntl
 import os
-import pty
-import select
-import struct
-import subprocess
 import termios
 import time
 from collections.abc import Iterator
@@ -13,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from commands import RINGFENCE, refused, remains, run
+from commands import refused, remains, run
+from terminals import Terminal
 
 pytestmark = pytest.mark.requires("root", "crun", "image:base", "userns")
 
@@ -23,58 +19,6 @@ def nothing_of_this_test_left(home: Path) -> Iterator[None]:
     """After each test no sandbox, id range or mount of it is there, at once and without a ``gc``."""
     yield
     assert remains(home) == []
-
-
-class Terminal:
-    """A pty of ours, and the program on its other side in a session of its own."""
-
-    def __init__(self, *words: str, rows: int = 33, cols: int = 77, stdin: int | None = None) -> None:
-        self.master, self.slave = pty.openpty()
-        self.resize(rows, cols)
-        self.before = termios.tcgetattr(self.slave)
-        self.process = subprocess.Popen(
-            [RINGFENCE, "run", *words],
-            stdin=self.slave if stdin is None else stdin,
-            stdout=self.slave,
-            stderr=self.slave,
-            start_new_session=True,
-            preexec_fn=self._control if stdin is None else None,
-        )
-        self.shown = b""
-
-    def _control(self) -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # as a shell's terminal is: then it sends signals
-
-    def resize(self, rows: int, cols: int) -> None:
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def wait_for(self, text: bytes, timeout_s: float = 10) -> None:
-        deadline = time.monotonic() + timeout_s
-        while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
-            self._take(0.1)
-
-    def end(self, timeout_s: float = 10) -> int:
-        """Return the exit status; `shown` has everything then, and the settings must be as they were."""
-        deadline = time.monotonic() + timeout_s
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.shown
-            self._take(0.05)
-        while self._take(0.05):
-            pass
-        assert termios.tcgetattr(self.slave) == self.before
-        os.close(self.master)
-        os.close(self.slave)
-        return self.process.returncode
-
-    def _take(self, patience_s: float) -> bool:
-        if not select.select([self.master], [], [], patience_s)[0]:
-            return False
-        self.shown += os.read(self.master, 65536)
-        return True
 
 
 def test_the_job_has_a_terminal_of_the_same_size() -> None:

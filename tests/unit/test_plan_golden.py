@@ -70,6 +70,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
             filesystem__mounts=list(given.MOUNTS),
             filesystem__sysfs=True,
             filesystem__root="writable",
+            user="0:0",
             capabilities=["NET_BIND_SERVICE"],
         ),
         msgspec.structs.replace(given.BASE, sources=given.SOURCES[:3]),

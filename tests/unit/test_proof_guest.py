@@ -338,7 +338,12 @@ def test_memory_is_the_policys_beyond_what_the_kernel_inside_uses(plan: Plan, ch
     ("rootless", "size", "sentry", "others"),
     [
         (False, 65536, f"65534 {BASE + 65534} 1", f"0 {BASE} 65536"),
-        (True, 4096, f"4095 {BASE + 4095} 1", f"0 {os.geteuid()} 1; 1 {BASE + 1} 4095"),
+        (
+            True,
+            4096,
+            f"65534 {BASE + 4095} 1",
+            f"0 {os.geteuid()} 1; 1 {BASE + 1} 4094; 65534 {BASE + 4095} 1",
+        ),
     ],
 )
 def test_the_range_of_each_part(plan: Plan, rootless: bool, size: int, sentry: str, others: str) -> None:
@@ -441,6 +446,37 @@ def test_the_gofers_mounts_are_the_jobs(plan: Plan, monkeypatch: pytest.MonkeyPa
     assert served(plan, monkeypatch, more)["mounts.others"] == ["/etc"]
     assert "mount:/work" not in served(plan, monkeypatch, GOFER[:2])
     assert served(plan, monkeypatch, (*GOFER, "no mount")) == {}
+
+
+def others(plan: Plan, mountinfo: str) -> Value:
+    _, told = look(plan, subject_of(0), parts(0, {"mountinfo": mountinfo}), 3)
+    return told["guest.mounts.others"][0] if "guest.mounts.others" in told else "not reported"
+
+
+def test_mounts_of_the_kernel_inside_are_the_plans(plan: Plan) -> None:
+    """One that nobody asked for is named, and so is a second one on a target; a text cut off says nothing."""
+    text = TRUE["mountinfo"]
+    assert others(plan, text) == []
+    more = "30 16 0:30 / /mnt rw - tmpfs none rw\n"
+    assert others(plan, text + more) == ["/mnt"]
+    assert others(plan, text + more.replace("/mnt", "/work")) == ["/work"]
+    assert others(plan, text + more * 100) == [*["/mnt"] * 64, "and 36 more"]
+    for senseless in ("", text[:-1], text + "no mount\n"):
+        assert others(plan, senseless) == "not reported"
+
+
+def test_the_sentrys_own_mounts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel inside has of files on the host is one empty root; everything more is shown."""
+    asked = {c["name"]: c["asked"] for c in plan["controls"]}["sentry.mounts"]
+    root = "43 60 0:54 / / ro,relatime - tmpfs runsc-root rw,uid=1000065534,gid=1000065534"
+
+    def seen(*lines: str) -> Value:
+        monkeypatch.setattr(guest_module, "mounts", lambda _: mountinfo("\n".join(lines) + "\n"))
+        return look(plan, subject_of(0), parts(0), 3)[0]["sentry.mounts"][0]
+
+    assert seen(root) == asked
+    assert seen(root.replace(" ro,", " rw,")) == ["/ tmpfs rw"]
+    assert seen(root, "44 43 254:0 / /host ro - ext4 /dev/vda rw") == ["/ tmpfs ro", "/host ext4 ro"]
 
 
 def test_the_table_keeps_the_parts_apart(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

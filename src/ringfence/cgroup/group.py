@@ -208,6 +208,24 @@ class Cgroup:
                 hint="raise limits.memory (--memory)",
             ) from err
 
+    def limit_cpu(self, quota_us: int, period_us: int) -> None:
+        """Give the group `quota_us` of CPU time in every `period_us`. Raises HostError."""
+        v2 = self.layout.version == "v2"
+        rows = [("cpu.max", f"{quota_us} {period_us}")]
+        if not v2:
+            rows = [("cpu.cfs_period_us", str(period_us)), ("cpu.cfs_quota_us", str(quota_us))]
+        try:
+            directory = files.open_directory(self.layout.mount_of("cpu"), self.path)
+            try:
+                for name, text in rows:
+                    files.write_at(directory, name, text)
+            finally:
+                os.close(directory)
+        except OSError as err:
+            raise HostError(
+                f"cannot set the CPU limit of {self.path}: {err.strerror}", hint="see 'ringfence doctor'"
+            ) from err
+
     def remove(self, *, timeout_s: float = 5.0) -> None:
         """Remove the group and those below it from every hierarchy; one that is not there is fine.
 

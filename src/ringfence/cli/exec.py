@@ -31,7 +31,7 @@ same limits, filters and namespaces as what runs there. It ends when this proces
 
 exit status: the command's own; 125 nothing was run; 126, 127, 128+N as of 'ringfence run'
 """
-_SIGINT, _SIGTERM, _SIGWINCH = 2, 15, 28
+_SIGINT, _SIGPIPE, _SIGTERM, _SIGWINCH = 2, 13, 15, 28
 _KILLED = 137
 # Somebody who asks three times means it.
 _PATIENCE = 3
@@ -184,7 +184,12 @@ class _Job:
             deadline_s=None,
             wake_fd=self.signals.fd,
             on_wake=self._pass_signals_on,
+            on_unread=self._break_pipe if self.session.relayed and not self.tty else None,
         )
+
+    def _break_pipe(self) -> None:
+        if self.session.connection is not None:
+            self.session.connection.send(protocol.encode_signal(_SIGPIPE))
 
     def _pass_signals_on(self) -> None:
         connection = self.session.connection

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ringfence.sandbox.result import Result
     from ringfence.sandbox.streams import Ending, Sink
 
-_SIGINT, _SIGWINCH, _SIGTERM = 2, 28, 15
+_SIGINT, _SIGPIPE, _SIGWINCH, _SIGTERM = 2, 13, 28, 15
 # Somebody who asks three times means it.
 _PATIENCE = 3
 # A terminal has no end of input: it has this key, twice where there is an unfinished line.
@@ -95,6 +95,8 @@ class Job:
     def _attend_pipes(self, budget: Budget, out: "Sink", err: "Sink") -> "Ending":
         forwarded = self.args.interactive or not os.isatty(0)
         direct = forwarded and _is_plain_pipe(0)
+        if direct:
+            _let_be_opened(0)
         pipes = Pipes(self.running.owner(), stdin_fd=0 if direct else -1)
         try:
             self._start(tuple(pipes.theirs))
@@ -124,7 +126,12 @@ class Job:
             deadline_s=deadline_s(self.running),
             wake_fd=self.signals.fd,
             on_wake=self._pass_signals_on,
+            on_unread=self._break_pipe if self.running.guest is not None and not self.args.tty else None,
         )
+
+    def _break_pipe(self) -> None:
+        if self.running.connection is not None:
+            self.running.connection.send(protocol.encode_signal(_SIGPIPE))
 
     def _pass_signals_on(self) -> None:
         connection = self.running.connection
@@ -150,6 +157,22 @@ def _is_plain_pipe(fd: int) -> bool:
     return readable_only and stat.S_ISFIFO(os.fstat(fd).st_mode)
 
 
+def _let_be_opened(fd: int) -> None:
+    """Let a job read a pipe of our caller's by name as well, as in "python3 /dev/stdin"; writing to it stays closed.
+
+    Nobody else gets at a pipe without a name but through a process that has it: proc_pid_fd(5).
+    """
+    found = os.fstat(fd)
+    ours = os.pipe()
+    try:
+        has_no_name = found.st_dev == os.fstat(ours[0]).st_dev
+    finally:
+        for end in ours:
+            os.close(end)
+    if has_no_name and found.st_uid == os.geteuid():
+        os.fchmod(fd, stat.S_IMODE(found.st_mode) | 0o044)
+
+
 def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
     """Say on stderr what the exit status alone does not."""
     if result.timed_out:
@@ -157,8 +180,9 @@ def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
             f"ringfence: time limit of {plan['time_s']:g} s reached (limits.time, --timeout)", file=sys.stderr
         )
     if result.oom_killed:
-        limit = plan["oci"]["linux"]["resources"].get("memory", {}).get("limit")
-        size = f" of {limit / (1 << 20):g} MiB" if limit else ""
+        # The policy's own: the cgroup around a kernel of its own allows for that as well.
+        limits = [control["asked"] for control in plan["controls"] if control["name"] == "cgroup.memory_bytes"]
+        size = f" of {limits[0] / (1 << 20):g} MiB" if limits and isinstance(limits[0], int) else ""
         print(f"ringfence: out of memory: limit{size} reached (limits.memory, --memory)", file=sys.stderr)
     if result.output_truncated:
         limit = MOST_COLLECTED_BYTES if plan["output_bytes"] is None else plan["output_bytes"]
@@ -199,6 +223,7 @@ def _as_json(result: "Result", running: "Running") -> str:
             "oom_killed": result.oom_killed,
             "output_truncated": result.output_truncated,
             **streams,
+            "notes": list(result.notes),
             "usage": result.usage.as_dict(),
             "proof": result.proof,
         }

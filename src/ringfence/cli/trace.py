@@ -7,11 +7,10 @@ import sys
 import threading
 
 from ringfence.errors import one_line
-from ringfence.sandbox.trace import calls
+from ringfence.sandbox.trace import calls, lines
 
 # The pipe ends with the sandbox; a process that holds it open longer than that is stuck in the kernel.
 _PATIENCE_S = 5.0
-_MOST_LINE_BYTES = 1 << 16
 
 
 class Tracing:
@@ -29,5 +28,8 @@ class Tracing:
 
     def _print(self) -> None:
         with os.fdopen(self._descriptor, "rb") as file:
-            for call in calls(iter(lambda: file.readline(_MOST_LINE_BYTES), b"")):
-                print(one_line(call), file=sys.stderr)
+            try:
+                for call in calls(lines(file)):
+                    print(one_line(call), file=sys.stderr)
+            except OSError:
+                return  # nobody reads it any more; with the pipe closed the kernel inside goes on without

@@ -14,8 +14,10 @@ from ringfence.host.facts import TRIAL_S, GvisorFacts, Host
 from ringfence.host.sentry import PLATFORMS
 
 ASK_S = 5.0  # for the flags
+WANTED_S = 10.0  # for a platform asked for by name: a busy machine must not refuse it for being slow
 _MOST_BYTES = 1 << 16
 _MOST_LETTERS = 120
+_NOT_TRIED = "not tried: systrap works and is faster"
 
 # What the plan of a gvisor sandbox and its start pass: a flag that is there can be turned off, whatever its default.
 _RUN_FLAGS = ("bundle", "detach", "pass-fd", "user-log")
@@ -24,6 +26,7 @@ _GLOBAL_FLAGS = (
     "debug",
     "debug-command",
     "debug-log",
+    "debug-log-format",
     "directfs",
     "file-access-mounts",
     "host-fifo",
@@ -50,11 +53,12 @@ _AS_USER = ("--user", "--map-root-user")
 _ON_TMPFS = 'mount -t tmpfs none "$1" && shift && exec "$@"'
 
 
-def with_gvisor(host: Host, path: str) -> Host:
+def with_gvisor(host: Host, path: str, wanted: str = "") -> Host:
     """Return `host` with `gvisor` filled: the facts kept in file `path`, or else found out and kept there.
 
     Without a runsc `host` stays as it is. The file is believed as `ringfence.host.cache.kept` says. A runsc on
-    which systrap does not work is asked again each time: that may have been the load of a moment.
+    which systrap does not work is asked again each time: that may have been the load of a moment. A `wanted`
+    platform that need not have been tried is tried now.
     """
     if "runsc" not in host.runtimes:  # so that nothing kept is read either
         return host
@@ -64,7 +68,17 @@ def with_gvisor(host: Host, path: str) -> Host:
         facts = gvisor_facts(host)
         if facts is not None and "systrap" in facts.platforms:
             keep(path, key, facts)
+    if facts is not None and facts.reasons.get(wanted) == _NOT_TRIED:
+        facts = _tried(host, facts, wanted)
     return msgspec.structs.replace(host, gvisor=facts)
+
+
+def _tried(host: Host, facts: GvisorFacts, platform: str) -> GvisorFacts:
+    reason = _trial(host, platform, WANTED_S)
+    others = {name: why for name, why in facts.reasons.items() if name != platform}
+    if reason:
+        return msgspec.structs.replace(facts, reasons={**others, platform: reason})
+    return msgspec.structs.replace(facts, platforms=(*facts.platforms, platform), reasons=others)
 
 
 def gvisor_facts(host: Host) -> GvisorFacts | None:
@@ -80,7 +94,7 @@ def gvisor_facts(host: Host) -> GvisorFacts | None:
     platforms: list[str] = []
     reasons: dict[str, str] = {}
     for platform in PLATFORMS:
-        reason = _unwanted(host, platform, platforms) or _trial(host, platform)
+        reason = _unwanted(host, platform, platforms) or _trial(host, platform, TRIAL_S)
         if reason:
             reasons[platform] = reason
         else:
@@ -107,20 +121,20 @@ def _unwanted(host: Host, platform: str, working: list[str]) -> str:
     if platform == "kvm" and host.kvm != "works":
         return f"KVM is {host.kvm}: {host.kvm_reason}" if host.kvm_reason else f"KVM is {host.kvm}"
     if platform == "ptrace" and "systrap" in working:
-        return "not tried: systrap works and is faster"
+        return _NOT_TRIED
     return ""
 
 
-def _trial(host: Host, platform: str) -> str:
+def _trial(host: Host, platform: str, patience_s: float) -> str:
     """Let runsc run a program that does nothing; return why that failed, "" when it worked."""
     process = programs.start(_trial_command(host, platform), errors=True)
-    said, status = programs.answer(process, time.monotonic() + TRIAL_S, _MOST_BYTES)
+    said, status = programs.answer(process, time.monotonic() + patience_s, _MOST_BYTES)
     if status == 0:
         return ""
     if process is None:
         return "cannot start setpriv and unshare: install the package util-linux"
     if status is None:
-        return f"did not run a program within {TRIAL_S:g} s"
+        return f"did not run a program within {patience_s:g} s"
     return _last_line(said) or f"runsc ended with {status}"
 
 

@@ -16,8 +16,9 @@ from ringfence.plan.document import Control, Guest, Op, Value
 from ringfence.plan.gvisor_compat import warnings
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, OciConfig, Rlimit
-from ringfence.plan.seccomp import ring_seccomp
-from ringfence.plan.seccomp_match import LinuxSeccomp
+from ringfence.plan.seccomp import OWN, ring_seccomp
+from ringfence.plan.seccomp_match import LinuxSeccomp, Rule
+from ringfence.plan.seccomp_rules import ALLOW, ENOSYS, EPERM, ERRNO, LETS_PASS
 from ringfence.plan.stage import AGENT, stage_controls
 from ringfence.plan.workload import Workload
 from ringfence.policy.model import Limits, Policy
@@ -53,6 +54,8 @@ GOFER_CAPABILITIES = (
 # gVisor knows the capabilities up to here (linux/capability.h of Linux 4.4); newer ones it drops in silence.
 _LAST_CAPABILITY = "CAP_AUDIT_READ"
 _NEWER = frozenset({"CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"})
+_NAMED_FLAGS = 4
+_TRACING = "ptrace"
 # A Go program of some goroutines, and for each process of the job a process and a thread that stand for it on the host.
 RING_PROCESSES = 320
 # While it starts; at the gate the limit becomes what is in use then, and the policy's.
@@ -94,10 +97,7 @@ def choose_platform(host: Host, wanted: str) -> str:
     if "runsc" not in host.runtimes or facts is None:
         raise HostError("runsc is not installed", hint="apt-get install runsc, then 'ringfence doctor'")
     if facts.missing:
-        raise HostError(
-            f"{host.runtimes['runsc'].path} is too old: it lacks {', '.join(facts.missing)}",
-            hint="Debian 13 has a newer runsc; docs/install.md says how to get it on Debian 12",
-        )
+        raise _unusable(host.runtimes["runsc"].path, facts.missing)
     if wanted:
         if wanted in facts.platforms:
             return wanted
@@ -111,6 +111,18 @@ def choose_platform(host: Host, wanted: str) -> str:
     return facts.platforms[0]
 
 
+def _unusable(path: str, missing: tuple[str, ...]) -> HostError:
+    if "--root" in missing:  # which every release has
+        return HostError(
+            f"{path} does not answer as a runsc does", hint=f"try '{path} flags'; install runsc anew"
+        )
+    more = f" and {len(missing) - _NAMED_FLAGS} more" if len(missing) > _NAMED_FLAGS else ""
+    return HostError(
+        f"{path} is too old: it lacks {', '.join(missing[:_NAMED_FLAGS])}{more}",
+        hint="Debian 13 has a newer runsc; docs/install.md says how to get it on Debian 12",
+    )
+
+
 def check(policy: Policy, workload: Workload) -> None:
     """Refuse what gVisor would drop in silence and no table of fields can know. Raises HostError, MountError."""
     unknown = [name for name in policy.capabilities if name in _NEWER]
@@ -119,6 +131,8 @@ def check(policy: Policy, workload: Workload) -> None:
             f"gVisor does not know {', '.join(unknown)}",
             hint=f"it knows the capabilities up to {_LAST_CAPABILITY}; -i linux has all",
         )
+    if "CAP_NET_RAW" in policy.capabilities:
+        raise HostError("gVisor's raw sockets are off, and CAP_NET_RAW with them", hint="use -i linux")
     for source in workload.sources:
         if source.kind in ("socket", "fifo"):
             raise MountError(
@@ -137,8 +151,16 @@ def guest(
     ops: list[Op],
     skip: frozenset[str],
 ) -> Guest:
-    """Return what runs behind the sentry: the agent under the job's user, with the job's rights and limits."""
+    """Return what runs behind the sentry: the agent under the job's user, with the job's rights and limits.
+
+    Raises HostError for rights that the sentry would not give.
+    """
     uid, gid = user
+    if policy.capabilities and uid != 0:
+        raise HostError(
+            f"gVisor gives capabilities to user 0 alone, and the job is user {uid}: it has no ambient ones",
+            hint="user: 0:0 (--user 0:0), which is root by name only, or -i linux",
+        )
     capabilities = list(policy.capabilities)
     sets: Capabilities = {
         "bounding": capabilities,
@@ -171,7 +193,7 @@ def guest(
             "cgroupsPath": "",
             "resources": {},
             "sysctl": {},
-            "seccomp": seccomp,
+            "seccomp": guest_seccomp(seccomp),
             "rootfsPropagation": "private",
             "maskedPaths": [],
             "readonlyPaths": [],
@@ -184,6 +206,50 @@ def guest(
         "flags": flags(policy, platform),
         "oci": oci,
     }
+
+
+def guest_seccomp(wanted: LinuxSeccomp) -> LinuxSeccomp:
+    """Return the filter `wanted` in the words that gVisor's kernel has for it, which are fewer; it allows no more.
+
+    Tracing other processes is denied in any case: the sentry asks the filter before a tracer may change the call, and
+    not again, so that whoever may trace a child of his own would have every call that there is.
+    """
+    rules = [_guest_rule(rule) for rule in wanted["syscalls"]]
+    if any(_TRACING in rule["names"] and rule["action"] == ALLOW for rule in rules):
+        rules = [_without_tracing(rule) for rule in rules]
+        rules.insert(0, {"names": [_TRACING], "action": ERRNO, "errnoRet": EPERM})
+    made: LinuxSeccomp = {
+        "defaultAction": _guest_action(wanted["defaultAction"], wanted.get("defaultErrnoRet")),
+        "architectures": wanted["architectures"],
+        "flags": [],
+        "syscalls": [rule for rule in rules if rule["names"]],
+    }
+    if made["defaultAction"] == ERRNO and "defaultErrnoRet" in wanted:
+        made["defaultErrnoRet"] = wanted["defaultErrnoRet"]
+    return made
+
+
+def _without_tracing(rule: Rule) -> Rule:
+    return {**rule, "names": [name for name in rule["names"] if name != _TRACING]}
+
+
+def _guest_rule(rule: Rule) -> Rule:
+    action = _guest_action(rule["action"], rule.get("errnoRet"))
+    made: Rule = {**rule, "action": action}
+    if action != ERRNO:
+        made.pop("errnoRet", None)
+    return made
+
+
+def _guest_action(action: str, errno: int | None) -> str:
+    """Return the word for `action`; there is none for logging, and none for killing more than a thread."""
+    if action == ERRNO:
+        # gVisor up to 20240729 knows no number but EPERM, with which no library falls back to what an older kernel
+        # has: glibc would make no threads. A call that a tracer should decide about, and there is none, is ENOSYS.
+        return "SCMP_ACT_TRACE" if errno == ENOSYS else ERRNO
+    if action in LETS_PASS:
+        return ALLOW
+    return "SCMP_ACT_TRAP" if action == "SCMP_ACT_TRAP" else "SCMP_ACT_KILL"
 
 
 def guest_rlimits(limits: Limits, skip: frozenset[str]) -> list[Rlimit]:
@@ -303,6 +369,9 @@ def ring(
     }
     devices = ("c 10:232 rw",) if platform == "kvm" else ()
     limited = resources(ring_limits(policy.limits), host, disks=disks, skip=skip, devices=devices)
+    # Set at the gate as well: until then gVisor alone is at work, and half a machine would make it twice as slow.
+    limited["cpu"].pop("quota", None)
+    limited["cpu"].pop("period", None)
     memory = limited["memory"]
     if "limit" in memory:
         memory["limit"] += START_BYTES
@@ -419,6 +488,7 @@ def controls(
         ("network.interfaces", "network.mode", ["lo"]),
         ("guest.mount:/sys", "filesystem.sysfs", _sys_words(policy)),
         ("guest.mount:/dev/shm", "limits.shm", f"tmpfs rw size={policy.limits.shm_bytes}"),
+        ("guest.mounts.others", "filesystem.mounts", []),
         ("descriptors", "descriptors", ["0", "1", "2"]),
     ]
     rows += _part_rows(host, range_size)
@@ -475,6 +545,7 @@ def _part_rows(host: Host, range_size: int) -> list[tuple[str, str, Value]]:
         rows += [
             (f"{part}.credentials.uid", "user", own_id),
             (f"{part}.credentials.gid", "user", own_id),
+            (f"{part}.credentials.range", "user", None),  # known of each sandbox alone
             *(
                 (f"{part}.capabilities.{kind}", "capabilities", sorted(capabilities))
                 for kind in ("permitted", "effective", "bounding")
@@ -489,10 +560,17 @@ def _part_rows(host: Host, range_size: int) -> list[tuple[str, str, Value]]:
         ]
     rows.append(("sentry.program", "isolation", None))
     rows.append(("gofer.program", "isolation", None))
+    # An empty root of its own: what has got out of the kernel inside finds no file of anybody's.
+    rows.append(("sentry.mounts", "isolation", ["/ tmpfs ro"]))
     rows.append(("sentry.network.interfaces", "network.mode", ["lo"]))
     return rows
 
 
 def notes(policy: Policy, workload: Workload) -> list[str]:
     """Return warnings: what the policy or the image needs and gVisor does not have."""
-    return warnings(policy, workload)
+    found = warnings(policy, workload)
+    if "CAP_SYS_PTRACE" in policy.capabilities or policy.seccomp not in OWN:
+        found.append(
+            f"{_TRACING}(2) is denied: in gVisor's kernel a tracer would get around the seccomp filter"
+        )
+    return found

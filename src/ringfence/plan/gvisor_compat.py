@@ -37,11 +37,10 @@ _WITHOUT_EFFECT = {
     "CAP_AUDIT_CONTROL": "there is no audit subsystem",
     "CAP_AUDIT_READ": "there is no audit subsystem",
     "CAP_AUDIT_WRITE": "there is no audit subsystem",
-    "CAP_SYSLOG": "the kernel log is gVisor's own jokes",
+    "CAP_SYSLOG": "the kernel log cannot be read",
     "CAP_WAKE_ALARM": "there are no alarm timers",
     "CAP_BLOCK_SUSPEND": "there is no suspend",
     "CAP_LEASE": "there are no file leases",
-    "CAP_NET_RAW": "raw sockets are off (--net-raw)",
 }
 
 
@@ -59,7 +58,7 @@ def warnings(policy: Policy, workload: Workload) -> list[str]:
         )
     if policy.seccomp not in ("default", "strict"):
         found.append(
-            "the seccomp profile is enforced by the sentry: an action other than errno, kill, trap and allow acts as it"
-            " does there"
+            "the seccomp profile is gVisor's to keep: errors other than ENOSYS are EPERM, what is to be logged passes"
+            " without, and what is to be killed is the thread"
         )
     return found

@@ -23,7 +23,7 @@ from ringfence.proof.observe import (
     size,
     status,
 )
-from ringfence.proof.prove import asked_range, binds, counted
+from ringfence.proof.prove import NOBODY, asked_range, binds, counted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # A reported value goes into the proof and into messages: what is longer cannot be what was asked, and is cut.
 _MOST_CHARACTERS = 256
 _MOST_ITEMS = 64
-# runsc gives its sentry the last id but one, which is called "nobody".
-_NOBODY = 65534
+# What the kernel inside mounts though nobody asks it to.
+_OF_ITSELF = ("/", "/dev/pts")
 
 
 class Guest:
@@ -67,7 +67,9 @@ def look(plan: Plan, subject: Subject, guest: Guest | None, descriptors: int) ->
     for name, pid in (("sentry", guest.sentry_pid), ("gofer", guest.gofer_pid), ("door", guest.door_pid)):
         seen |= _part(plan, subject, name, pid)
     seen |= _served(plan, guest.gofer_pid)
+    seen |= _own_mounts(guest.sentry_pid)
     told = reported(guest.report)
+    told |= _others(plan, guest.report)
     told["descriptors"] = (counted(descriptors), "agent")
     return seen, told
 
@@ -83,9 +85,9 @@ def asked_of(control: Control, plan: Plan, instance: Instance) -> Value:
     if rest == "credentials.range":
         if part != "sentry":
             return asked_range(plan, instance)
-        # Its own user namespace has nothing but the one id that it runs as; a short range ends below "nobody".
-        nobody = min(_NOBODY, plan["user"]["range_size"] - 1)
-        return f"{nobody} {instance.base + nobody} 1"
+        # Its own user namespace has nothing but the one id that it runs as; a short range ends with what stands for it.
+        on_host = instance.base + min(NOBODY, plan["user"]["range_size"] - 1)
+        return f"{NOBODY} {on_host} 1"
     return asked
 
 
@@ -140,6 +142,34 @@ def _served(plan: Plan, gofer: int) -> Seen:
     asked = {name.removeprefix("mount:") for name in names if name.startswith("mount:")}
     seen["mounts.others"] = (sorted(found.keys() - asked), source)
     return seen
+
+
+def _own_mounts(sentry: int) -> Seen:
+    """Say what the kernel inside has of files on the host: mounts, each as "TARGET TYPE WAYS"."""
+    source = f"/proc/{sentry}/mountinfo"
+    try:
+        found = mounts(sentry)
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"sentry.mounts": ([f"{mount.target} {_mount_words(mount)}" for mount in found], source)}
+
+
+def _others(plan: Plan, report: dict[str, str]) -> Seen:
+    """Say which mounts the kernel inside has made beyond the plan's and those of its own; never raises."""
+    guest, text = plan.get("guest"), report.get("mountinfo", "")
+    if guest is None or not text.endswith("\n"):
+        return {}
+    expected = [*_OF_ITSELF, *(mount["destination"] for mount in guest["oci"]["mounts"])]
+    others = []
+    try:
+        for mount in mountinfo(text):
+            if mount.target in expected:
+                expected.remove(mount.target)  # each once: a second one would hide the first
+            else:
+                others.append(mount.target)
+    except (ValueError, IndexError):
+        return {}
+    return {"guest.mounts.others": (_bounded(sorted(others)), f"sentry: {_PLACES['mountinfo']}")}
 
 
 def reported(report: dict[str, str]) -> Seen:

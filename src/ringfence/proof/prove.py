@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 
 MOMENT = "before the job's first instruction"
+# What gVisor calls the ids of its sentry; see ringfence.runtime.rootless.
+NOBODY = 65534
 # Kept by Ringfence itself while the job runs; the kernel has nothing to show of them beforehand.
 _KEPT = (("time_s", "limits.time"), ("output_bytes", "limits.output"))
 _MOST_DESCRIPTORS = 64
@@ -158,6 +160,8 @@ def asked_range(plan: Plan, instance: Instance) -> str:
         return f"0 {base} {size}"
     # A user's own id stands for root inside: see ringfence.runtime.rootless.
     others = f"; 1 {base + 1} {size - 1}" if size else ""
+    if size and plan["guest"] is not None:
+        others = f"; 1 {base + 1} {size - 2}; {NOBODY} {base + size - 1} 1"
     return id_map(f"0 {os.geteuid()} 1{others}", f"0 {os.getegid()} 1{others}")
 
 

@@ -29,7 +29,9 @@ def arguments(plan: Plan, guest: Guest, instance: Instance) -> list[str]:
         log_bytes = _NO_LIMIT if limit is None else limit + _END_BYTES
     # Standard error of what the door starts is a pipe to the door.
     words = "/proc/self/fd/2"
-    trace = ("--debug=true", "--strace", f"--debug-log=/proc/self/fd/{_TRACE}", "--debug-command=boot")
+    # As JSON: in a text an argument with a newline in it would begin a line of its own.
+    log = (f"--debug-log=/proc/self/fd/{_TRACE}", "--debug-log-format=json", "--debug-command=boot")
+    trace = ("--debug=true", "--strace", *log)
     return [
         plan["oci"]["process"]["args"][0],
         "--door",

@@ -35,7 +35,13 @@ def start(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Start
     ranges = [(0, instance.base, size)]
     userns = make_userns(agent, ranges, ranges)
     try:
-        ids = Ids(base=instance.base, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=userns)
+        ids = Ids(
+            base=instance.base,
+            uid=plan["user"]["uid"],
+            gid=plan["user"]["gid"],
+            userns=userns,
+            served=plan["guest"] is not None,
+        )
         stager = Stager(instance.staging, ids, agent)
         starting = in_thread(lambda: _set_up(plan, instance, stager, userns, descriptors))
     except OSError as error:

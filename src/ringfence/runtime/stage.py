@@ -31,13 +31,15 @@ _KINDS = {
 class Ids:
     """Who owns what is staged: the ids of the sandbox's root and job, and user namespaces for idmapped mounts.
 
-    `userns` is a descriptor of the sandbox's user namespace, -1 where mounts cannot be idmapped (rootless).
+    `userns` is a descriptor of the sandbox's user namespace, -1 where mounts cannot be idmapped (rootless). Files
+    that are `served` (by gVisor's gofer) are made by the sandbox's root, who gives them to the job at once.
     """
 
-    __slots__ = ("base", "gid", "uid", "userns")
+    __slots__ = ("base", "gid", "served", "uid", "userns")
 
-    def __init__(self, *, base: int, uid: int, gid: int, userns: int) -> None:
+    def __init__(self, *, base: int, uid: int, gid: int, userns: int, served: bool = False) -> None:
         """`base` is the host id of the sandbox's root, `uid` and `gid` those of the job inside."""
+        self.served = served
         self.base = base
         self.uid = uid
         self.gid = gid
@@ -193,8 +195,13 @@ class Stager:
         """A map in which the owner of a source is the job, and nobody else is anybody."""
         from ringfence.linux.userns import make_userns
 
-        job = self.ids.of("job")
-        return make_userns(self.agent, [(uid, job[0], 1)], [(gid, job[1], 1)])
+        job, root = self.ids.of("job"), self.ids.base
+        uids, gids = [(uid, job[0], 1)], [(gid, job[1], 1)]
+        if self.ids.served:
+            # For a moment such a file belongs to the sandbox's own root, an id that nobody on the host has.
+            uids += [(root, root, 1)] if job[0] != root else []
+            gids += [(root, root, 1)] if job[1] != root else []
+        return make_userns(self.agent, uids, gids)
 
     def _attach(self, tree: int, op: Bind) -> None:
         if op["below"] == "root":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # runsc goes away some milliseconds after it has started the sandbox, and the door gives up its rights then.
 _SETTLE_S = 5.0
 _PAUSE_S = 0.001
+# proc_pid_oom_score_adj(5): chosen before every other process of the group.
+_FIRST_TO_DIE = b"1000"
 _MOST_WORDS = 600
 
 
@@ -36,7 +38,8 @@ def settle(running: Running, guest: Guest) -> None:
         if time.monotonic() > deadline:
             raise SandboxError("runsc does not end after it has started the sandbox", hint="see --debug")
         time.sleep(_PAUSE_S)
-    _size_memory(running)
+    _set_limits(running)
+    _die_first(guest.sentry_pid)
     connection = running.connection
     assert connection is not None  # noqa: S101 - start() has set it
     connection.send(protocol.encode_report())
@@ -75,18 +78,36 @@ def failure(running: Running) -> RingfenceError:
     )
 
 
-def _size_memory(running: Running) -> None:
-    """Give the job its memory beside what the sentry, the gofer and the door use without it."""
+def _set_limits(running: Running) -> None:
+    """Give the job its CPU time, and its memory beside what the sentry, the gofer and the door use without it."""
     group = running.cgroup
-    memory = running.plan["oci"]["linux"]["resources"].get("memory", {})
-    if group is None or "limit" not in memory:
+    if group is None:
         return
     asked = {control["name"]: control["asked"] for control in running.plan["controls"]}
-    limit, swap = asked["cgroup.memory_bytes"], asked.get("cgroup.swap_bytes")
-    assert isinstance(limit, int)  # noqa: S101 - by the plan's own rules
-    base = group.unreclaimable_bytes()
-    group.limit_memory(limit + base, swap if isinstance(swap, int) else None)
-    running.instance.memory_base_bytes = base
+    quota, period = asked.get("cgroup.cpu_quota_us"), asked.get("cgroup.cpu_period_us")
+    if isinstance(quota, int) and isinstance(period, int):
+        group.limit_cpu(quota, period)
+    limit, swap = asked.get("cgroup.memory_bytes"), asked.get("cgroup.swap_bytes")
+    if isinstance(limit, int):
+        base = group.unreclaimable_bytes()
+        group.limit_memory(limit + base, swap if isinstance(swap, int) else None)
+        running.instance.memory_base_bytes = base
+
+
+def _die_first(sentry: int) -> None:
+    """Have the kernel end the whole sandbox when its memory is used up.
+
+    It would rather kill one of the processes that stand for the job's address spaces, and the sentry would make of that
+    an exit with status 1, which nobody could tell from the job's own.
+    """
+    try:
+        fd = os.open(f"/proc/{sentry}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # without root the sentry is nobody's of ours: it holds all the same, and only says less
+    try:
+        os.write(fd, _FIRST_TO_DIE)
+    finally:
+        os.close(fd)
 
 
 def _children(pid: int) -> list[int]:

@@ -107,6 +107,7 @@ class Running:
         "image_fd",
         "instance",
         "job_pid",
+        "killed",
         "pidfd",
         "plan",
         "proof",
@@ -132,15 +133,21 @@ class Running:
         self.connection: protocol.Connection | None = None
         self.agent_pid = 0
         self.job_pid = 0
+        self.killed = False
         self.pidfd = -1
         self.pty = -1
         self.proof: Proof | None = None
         self.started_s = 0.0
 
     def owner(self) -> tuple[int, int]:
-        """Return the job's uid and gid on the host, (-1, -1) where nothing can be given to them (rootless)."""
+        """Return the job's uid and gid on the host, (-1, -1) where nothing can be given to them.
+
+        Without root nobody can; and a kernel of its own does not know of the host's ids.
+        """
         user, base = self.plan["user"], self.instance.base
-        return (-1, -1) if self.plan["rootless"] else (base + user["uid"], base + user["gid"])
+        if self.plan["rootless"] or self.plan["guest"] is not None:
+            return -1, -1
+        return base + user["uid"], base + user["gid"]
 
     def open_log(self) -> int:
         """Return a new descriptor of what a detached job's output goes into. Raises OSError."""
@@ -151,6 +158,7 @@ class Running:
 
     def kill(self) -> None:
         """Kill the sandbox: its pid namespace dies with the agent. Waits until it is gone."""
+        self.killed = True
         if not self.wait_gone(0):
             import signal
 

@@ -250,7 +250,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
     if tier == "gvisor":
         from ringfence.host.gvisor import with_gvisor
 
-        host = with_gvisor(host, f"{run_dir()}/gvisor.json")
+        host = with_gvisor(host, f"{run_dir()}/gvisor.json", request.gvisor_platform)
     plan = make_plan(
         policy,
         workload,

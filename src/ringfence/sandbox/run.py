@@ -172,7 +172,7 @@ def finish(
     if running.plan["guest"] is not None and (status != 0 or ending.exited is None):
         from ringfence.sandbox.guest import notes as guest_notes
 
-        notes = guest_notes(running, crashed=ending.exited is None and not timed_out and not oom_killed)
+        notes = guest_notes(running, crashed=ending.exited is None and not running.killed and not oom_killed)
     if ending.exited is None and not timed_out and not oom_killed:
         # The agent is gone without a word, and not because of us: somebody killed the sandbox from outside.
         signal = 9
@@ -204,7 +204,8 @@ class Pipes:
     def __init__(self, owner: tuple[int, int], stdin_fd: int = -1) -> None:
         """Open them close-on-exec; they reach the job as passed descriptors only.
 
-        `owner` are the job's host ids, `Running.owner`: opening /dev/stdout by name opens the pipe anew.
+        `owner` are the job's host ids, `Running.owner`: opening /dev/stdout by name opens the pipe anew. Where there
+        are none it is open to all: nobody gets at it but through a process that has it.
         """
         self.theirs: list[int] = []
         self._outputs: list[int] = []
@@ -214,12 +215,12 @@ class Pipes:
         else:
             reader, self._input = os.pipe2(os.O_CLOEXEC)
             self.theirs.append(reader)
-            os.fchown(reader, *owner)
+            _give(reader, owner)
         for _ in range(2):
             reader, writer = os.pipe2(os.O_CLOEXEC)
             self._outputs.append(reader)
             self.theirs.append(writer)
-            os.fchown(writer, *owner)
+            _give(writer, owner)
 
     def close_theirs(self) -> None:
         """Close the job's ends, which it has by now."""
@@ -242,6 +243,13 @@ class Pipes:
         for fd in (*self.theirs, *self._outputs, *([self._input] if self._input >= 0 else [])):
             os.close(fd)
         self.theirs, self._outputs, self._input = [], [], -1
+
+
+def _give(pipe: int, owner: tuple[int, int]) -> None:
+    if owner[0] >= 0:
+        os.fchown(pipe, *owner)
+    else:
+        os.fchmod(pipe, 0o666)
 
 
 def _shown(word: Text) -> str:

@@ -7,7 +7,7 @@ import re
 
 # runsc's user log (boot/compat.go of the release 20240729) writes a call that its kernel does not have once.
 _UNSUPPORTED = re.compile(r"Unsupported syscall ([a-z0-9_]{1,40})\(([^)]{0,200})\)")
-_NUMBERED = re.compile(r"sys_([0-9]{1,4})$")
+_NUMBERED = re.compile(r"sys_([0-9]{1,4})")
 # Libraries try these at every start and do well without.
 _HARMLESS = frozenset({"rseq", "set_robust_list", "clone3"})
 _MOST = 12
@@ -43,16 +43,23 @@ def _logged(said: str) -> list[str]:
 
 def _named(name: str, arguments: str, arch: str) -> str:
     """Return "openat2" for "sys_437"; ioctls, prctls and socket options are told apart by their number."""
-    numbered = _NUMBERED.match(name)
-    if numbered is not None:
+    if _NUMBERED.fullmatch(name):
         import os
 
-        from ringfence.linux.syscalls import name_of
-
-        return name_of(int(numbered[1]), arch or os.uname().machine) or f"number {numbered[1]}"
+        return numbered(name, arch or os.uname().machine).replace("sys_", "number ")
     place = {"ioctl": 1, "prctl": 0, "arch_prctl": 0, "setsockopt": 2, "getsockopt": 2, "fcntl": 1}.get(name)
     values = arguments.split(",")
     return name if place is None or place >= len(values) else f"{name} {values[place].strip()}"
+
+
+def numbered(name: str, arch: str) -> str:
+    """Return "openat2" for gVisor's "sys_437", and every other name, or the number of no call, as it is."""
+    found = _NUMBERED.fullmatch(name)
+    if found is None:
+        return name
+    from ringfence.linux.syscalls import name_of
+
+    return name_of(int(found[1]), arch) or name
 
 
 def last_words(said: str) -> str:

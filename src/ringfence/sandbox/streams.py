@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 16
 # A pipe or terminal that poll(2) calls writable takes this much without blocking: pipe(7), PIPE_BUF.
 _SAFE_BYTES = 4096
+# What a signal needs to reach a job through its agent.
+_SIGNAL_S = 0.02
 # After the job's end its last processes are dying, and with them the other ends of the pipes.
 _DRAIN_S = 5.0
 # The agent keeps the time limit as well; the host's own clock comes first and does not depend on it.
@@ -141,7 +143,40 @@ def _unblocked(fd: int) -> int:
         return -1
 
 
-Sink = Collect | Forward
+class Unread:
+    """A sink in the place of one whose reader has gone, for a job that a kernel of its own does not tell so.
+
+    gVisor's kernel answers EPIPE to a write into a pipe of the host's that nobody reads, and sends no SIGPIPE: a
+    program that looks at neither would write for ever.
+    """
+
+    __slots__ = ("_tell", "fd", "pending")
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        """Wait for the job's next write; `tell` sends SIGPIPE then."""
+        self._tell = tell
+        self.fd = -1
+        self.pending = b""
+
+    def put(self, data: bytes) -> bool:  # noqa: ARG002 - nobody wants it
+        """Send the signal; False, for the pipe is to be closed. A job that ignores SIGPIPE gets EPIPE then."""
+        try:
+            self._tell()
+        except SandboxError:  # it has just ended
+            pass
+        # Before the pipe is closed, or whatever the program says about EPIPE would be seen as well.
+        time.sleep(_SIGNAL_S)
+        return False
+
+    def flush(self) -> bool:
+        """Do nothing: nothing is ever pending."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+
+Sink = Collect | Forward | Unread
 
 
 class Source:
@@ -212,10 +247,12 @@ class Attendance:
         deadline_s: float | None,
         wake_fd: int = -1,
         on_wake: Callable[[], None] | None = None,
+        on_unread: Callable[[], None] | None = None,
     ) -> None:
         """Attend to `running`: `outputs` maps descriptors that the job writes to (ours to close) to sinks.
 
         `deadline_s` is a time of time.monotonic(); `on_wake` is called when `wake_fd` has something to read.
+        `on_unread` sends the job a SIGPIPE, where its own kernel does not: see `Unread`.
         """
         self.running = running
         self.outputs = outputs
@@ -224,6 +261,7 @@ class Attendance:
         self.deadline_s = deadline_s
         self.wake_fd = wake_fd
         self.on_wake = on_wake
+        self.on_unread = on_unread
         self.ending = Ending()
         self._agent_lives = True
         self._drain_until_s = 0.0
@@ -326,8 +364,13 @@ class Attendance:
 
     def _keep_or_close(self, fd: int, readable: bool) -> None:
         # Nobody reads our output: the job gets SIGPIPE, as it would without us.
-        if not readable:
+        if readable:
+            return
+        if self.on_unread is None or isinstance(self.outputs[fd], Unread):
             self._close(fd)
+        else:
+            self.outputs[fd].close()
+            self.outputs[fd] = Unread(self.on_unread)
 
     def _close(self, fd: int) -> None:
         os.close(fd)
