@@ -10,7 +10,7 @@ uint32_t get_u32(const uint8_t *bytes) {
   return (uint32_t)get_u16(bytes) | (uint32_t)get_u16(bytes + 2) << 16;
 }
 
-static uint64_t get_u64(const uint8_t *bytes) {
+uint64_t get_u64(const uint8_t *bytes) {
   return (uint64_t)get_u32(bytes) | (uint64_t)get_u32(bytes + 4) << 32;
 }
 

@@ -14,7 +14,7 @@ enum { MAX_REPORT_BYTES = 1 << 18 };
 enum host_frame { START = 1, GO = 2, SIGNAL = 3, RESIZE = 4, SHUTDOWN = 5, REPORT = 6 };
 enum agent_frame { READY = 65, PREPARED = 66, FAILED = 67, EXITED = 68, REPORTED = 69 };
 enum start_flag { START_TTY = 1, START_DETACH = 2, START_HOLD = 4, START_RELAY = 8 };
-enum end_flag { TIMED_OUT = 1, OUTPUT_TRUNCATED = 2 };
+enum end_flag { TIMED_OUT = 1, OUTPUT_TRUNCATED = 2, OUT_OF_MEMORY = 4 }; /* the last by the back alone: LINK.md */
 enum stage { STAGE_FORK = 1, STAGE_DESCRIPTORS = 2, STAGE_CWD = 3, STAGE_EXEC = 4 };
 enum stream { STREAM_END = 0, STREAM_OUT = 1, STREAM_ERR = 2 };
 
@@ -50,6 +50,7 @@ char **fill_vectors(const struct start *start, char **vectors);
 
 uint16_t get_u16(const uint8_t *bytes);
 uint32_t get_u32(const uint8_t *bytes);
+uint64_t get_u64(const uint8_t *bytes);
 void put_header(uint8_t *bytes, uint8_t type, uint32_t length);
 void put_u32(uint8_t *bytes, uint32_t value);
 void put_u64(uint8_t *bytes, uint64_t value);

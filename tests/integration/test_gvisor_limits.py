@@ -18,7 +18,6 @@ import pytest
 import ringfence
 from boxes import Plain, Sandboxes, bind
 from detached import Cli, layout, processes, until
-from ringfence.cgroup.group import leftovers
 from ringfence.errors import NotEnforceable
 
 pytestmark = pytest.mark.requires("root", "compiler", "runsc")
@@ -58,22 +57,22 @@ def proven(result: ringfence.Result, control: str) -> int:
 
 
 class Watch:
-    """The most processes and threads that any new sandbox's cgroup held at a time."""
+    """The most processes and threads that any one sandbox's cgroup held at a time."""
 
     most = 0
 
 
 @contextmanager
-def watched(before: set[str]) -> Iterator[Watch]:
-    """Look at new sandboxes' cgroups again and again from beside."""
+def watched(home: Path) -> Iterator[Watch]:
+    """Look at our sandboxes' cgroups again and again from beside."""
     seen, over = Watch(), threading.Event()
 
     def look() -> None:
         pids = layout().mount_of("pids")
         while not over.wait(0.01):
-            for name in set(leftovers(layout())) - before:
+            for sandbox in (home / "sandboxes").glob("[0-9a-f]*"):
                 try:
-                    count = int(Path(f"{pids}/ringfence/{name}/pids.current").read_text())
+                    count = int(Path(f"{pids}/ringfence/{sandbox.name}/pids.current").read_text())
                 except OSError:  # it has just ended
                     continue
                 seen.most = max(seen.most, count)
@@ -164,9 +163,9 @@ def test_memory_too_small_to_start(guests: Sandboxes) -> None:
 
 
 @pytest.mark.requires("cgroup1:pids")
-def test_fork_bomb(guests: Sandboxes) -> None:
+def test_fork_bomb(guests: Sandboxes, home: Path) -> None:
     """Exactly `limits.pids` processes live at a time, however they fork; the ring's own limit is never reached."""
-    with watched(set(leftovers(layout()))) as seen:
+    with watched(home) as seen:
         result = guests.run(["/probe/consume", "processes"], {"limits.pids": 20, "limits.threads": 20})
     assert counted(result) == {"count": 20, "errno": 11}
     assert 20 < seen.most < proven(result, "cgroup.pids")
@@ -198,14 +197,14 @@ def test_fork_bomb_that_never_ends(guests: Sandboxes) -> None:
     assert result.usage.wall_s < 10
 
 
-def test_capabilities_that_get_past_the_limit_are_refused(guests: Sandboxes) -> None:
+def test_capabilities_that_get_past_the_limit_are_refused(guests: Sandboxes, home: Path) -> None:
     """Each is refused by the limit's name; accepted all the same, it gets past inside, and the ring still holds."""
     limits = {"limits.pids": 20, "limits.threads": 20, "limits.memory": "96MiB", "user": "0:0"}
     for name in ("CAP_SYS_ADMIN", "CAP_SYS_RESOURCE"):
         fields = {**limits, "capabilities": [name]}
         with pytest.raises(NotEnforceable, match=r"limits\.pids"):
             guests.run(["true"], fields)
-        with watched(set(leftovers(layout()))) as seen:
+        with watched(home) as seen:
             result = guests.run(
                 ["/probe/consume", "processes"],
                 fields,
@@ -269,10 +268,10 @@ def test_cpu_quota(guests: Sandboxes) -> None:
 
 
 @pytest.mark.requires("cgroup1:cpuset", "two-cpus")
-def test_cpuset(guests: Sandboxes) -> None:
+def test_cpuset(guests: Sandboxes, home: Path) -> None:
     """No process of the sandbox may run on another CPU than the list's: those are the sentry's, which runs the job."""
     with guests.held("hold(0)", {"limits.cpuset": "1"}):
-        (name,) = os.listdir(f"{os.environ['RINGFENCE_RUN_DIR']}/sandboxes")
+        (name,) = os.listdir(home / "sandboxes")
         pids = processes(name)
         assert len(pids) > 2
         assert {frozenset(os.sched_getaffinity(pid)) for pid in pids} == {frozenset({1})}

@@ -14,7 +14,11 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <sys/ptrace.h>
+#ifdef __x86_64__
 #include <sys/reg.h>
+#else /* registers are read in another way there; the tests are for x86-64 */
+enum { ORIG_RAX, RDI, RAX };
+#endif
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/wait.h>

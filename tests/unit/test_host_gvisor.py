@@ -57,6 +57,7 @@ def test_an_old_runsc_is_told_by_its_flags(tmp_path: Path) -> None:
             "--allow-flag-override",
             "--debug",
             "--debug-command",
+            "--debug-log-format",
             "--file-access-mounts",
             "--host-fifo",
             "--ignore-cgroups",

@@ -161,3 +161,10 @@ def test_without_ids_there_is_no_gvisor() -> None:
     accepted = frozenset({"user", "limits.threads"})
     with pytest.raises(HostError, match=r"ids of its own.*--add-subuids"):
         make_plan(ASKED, BASE, bare, allow_unenforced=accepted)
+
+
+def test_files_whose_owners_cannot_be_mapped() -> None:
+    """The gofer serves what the host has staged: without idmapped mounts there is nothing to serve, as at linux."""
+    host = msgspec.structs.replace(ROOT_V1_GVISOR, idmapped_mounts=False, state_filesystem="nfs")
+    with pytest.raises(HostError, match="images on nfs cannot be mounted with their owners mapped"):
+        plan(host)

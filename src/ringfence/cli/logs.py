@@ -7,7 +7,7 @@ import sys
 import time
 
 from ringfence.cli.terminal import fill_standard_streams
-from ringfence.errors import SandboxError
+from ringfence.errors import SandboxError, one_line
 from ringfence.sandbox import protocol, store
 from ringfence.sandbox.logs import end_of, follow, utc
 
@@ -147,4 +147,6 @@ def _explain(entry: Entry) -> None:
             file=sys.stderr,
         )
     elif end is None and not entry.alive():
-        print("ringfence: the log has no end: the sandbox was killed", file=sys.stderr)
+        reason = entry.ended().get("reason")
+        more = f" ({one_line(str(reason))})" if reason else ""
+        print(f"ringfence: the log has no end: the sandbox was killed{more}", file=sys.stderr)

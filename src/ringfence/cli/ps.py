@@ -77,7 +77,10 @@ def _facts(entry: Entry) -> dict[str, object]:
         "state": _state(entry, ended),
         "created": _time(record.get("created_ns")),
         "ended": _time(ended.get("ended_ns")),
-        **{key: ended.get(key) for key in ("exit_status", "timed_out", "oom_killed", "output_truncated")},
+        **{
+            key: ended.get(key)
+            for key in ("exit_status", "timed_out", "oom_killed", "output_truncated", "reason")
+        },
     }
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ringfence.plan.document import Plan
     from ringfence.sandbox.launch import Running
 
+# Signals that mean the end, also to a sandbox that has not started yet: SIGHUP, SIGINT, SIGQUIT, SIGTERM.
+_ENDS = frozenset({1, 2, 3, 15})
 _EXAMPLE = """examples:
   ringfence run -- python3 -c 'print(sum(range(10)))'
   ringfence run --memory 512m --timeout 10s -v ./data:/data -- python3 /data/job.py
@@ -126,7 +128,9 @@ def _run(
         _load_the_rest()
 
     try:
-        launch.start(running, meanwhile=meanwhile)
+        launch.start(
+            running, meanwhile=meanwhile, wake_fd=signals.fd, interrupted=lambda: _asks_to_end(signals)
+        )
         from ringfence.cli.job import Job
 
         job = Job(args, running, [os.fsencode(word) for word in command], env, signals)
@@ -147,6 +151,10 @@ def _run(
                 thread.join()
         finally:
             proof_file.write(running)
+
+
+def _asks_to_end(signals: Signals) -> bool:
+    return any(number in _ENDS for number in signals.read())
 
 
 def _trace(running: "Running") -> "Tracing":

@@ -7,7 +7,7 @@ import msgspec
 from ringfence.host import mechanisms as by
 from ringfence.host import sentry
 from ringfence.host.enforce import Tier, enforcement
-from ringfence.host.facts import TRIAL_S, GvisorFacts, Host
+from ringfence.host.facts import GvisorFacts, Host
 
 Level = Literal["ok", "warn", "missing"]
 # The linux tier cannot do without close_range(2); overlays of idmapped layers came later.
@@ -93,7 +93,7 @@ def _gvisor(host: Host) -> list[Check]:
 
 def _platforms(facts: GvisorFacts) -> Check:
     others = "".join(f"; {name}: {reason}" for name, reason in facts.reasons.items())
-    found = f"{', '.join(facts.platforms)} ran a program within {TRIAL_S:g} s{others}"
+    found = f"{', '.join(facts.platforms)} ran a program{others}"
     if facts.platforms[0] == "ptrace":
         advice = "use a kernel on which systrap works: ptrace is several times slower"
         return Check(name="gVisor platform", level="warn", found=found, advice=advice)

@@ -11,7 +11,10 @@ import msgspec
 
 CgroupVersion = Literal["v1", "v2", "hybrid", "none"]
 Kvm = Literal["absent", "not openable", "works", "unusable"]
-TRIAL_S = 1.0  # how long runsc may take to run a program that does nothing, on each platform
+# How long runsc may take to run a program that does nothing: on kvm, which can hang, and on the others, which can
+# only be slow on a busy machine.
+TRIAL_S = 1.0
+SLOW_TRIAL_S = 3.0
 
 
 class CgroupFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -10,7 +10,7 @@ import msgspec
 
 from ringfence.host import programs
 from ringfence.host.cache import host_key, keep, kept
-from ringfence.host.facts import TRIAL_S, GvisorFacts, Host
+from ringfence.host.facts import SLOW_TRIAL_S, TRIAL_S, GvisorFacts, Host
 from ringfence.host.sentry import PLATFORMS
 
 ASK_S = 5.0  # for the flags
@@ -84,7 +84,8 @@ def _tried(host: Host, facts: GvisorFacts, platform: str) -> GvisorFacts:
 def gvisor_facts(host: Host) -> GvisorFacts | None:
     """Ask and try the runsc of `host`, None when there is none.
 
-    Takes `ASK_S` for the flags and `TRIAL_S` for each of three platforms at most, in seconds; nothing is left behind.
+    Takes `ASK_S` for the flags, `TRIAL_S` for kvm and `SLOW_TRIAL_S` for each other platform at most, in seconds;
+    nothing is left behind.
     """
     if "runsc" not in host.runtimes:
         return None
@@ -94,7 +95,7 @@ def gvisor_facts(host: Host) -> GvisorFacts | None:
     platforms: list[str] = []
     reasons: dict[str, str] = {}
     for platform in PLATFORMS:
-        reason = _unwanted(host, platform, platforms) or _trial(host, platform, TRIAL_S)
+        reason = _unwanted(host, platform, platforms) or _trial(host, platform, _patience_s(platform))
         if reason:
             reasons[platform] = reason
         else:
@@ -123,6 +124,11 @@ def _unwanted(host: Host, platform: str, working: list[str]) -> str:
     if platform == "ptrace" and "systrap" in working:
         return _NOT_TRIED
     return ""
+
+
+def _patience_s(platform: str) -> float:
+    """Only kvm is known to hang where it does not work; the others may be slow on a busy machine."""
+    return TRIAL_S if platform == "kvm" else SLOW_TRIAL_S
 
 
 def _trial(host: Host, platform: str, patience_s: float) -> str:

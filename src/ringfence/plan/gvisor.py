@@ -17,7 +17,7 @@ from ringfence.plan.gvisor_compat import warnings
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, OciConfig, Rlimit
 from ringfence.plan.seccomp import OWN, ring_seccomp
-from ringfence.plan.seccomp_match import LinuxSeccomp, Rule
+from ringfence.plan.seccomp_match import WHOLE_INT, LinuxSeccomp, Rule, fits
 from ringfence.plan.seccomp_rules import ALLOW, ENOSYS, EPERM, ERRNO, LETS_PASS
 from ringfence.plan.stage import AGENT, stage_controls
 from ringfence.plan.workload import Workload
@@ -56,6 +56,7 @@ _LAST_CAPABILITY = "CAP_AUDIT_READ"
 _NEWER = frozenset({"CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"})
 _NAMED_FLAGS = 4
 _TRACING = "ptrace"
+_SIGKILL, _SIGSTOP = 9, 19  # asm-generic/signal.h
 # A Go program of some goroutines, and for each process of the job a process and a thread that stand for it on the host.
 RING_PROCESSES = 320
 # While it starts; at the gate the limit becomes what is in use then, and the policy's.
@@ -212,7 +213,8 @@ def guest_seccomp(wanted: LinuxSeccomp) -> LinuxSeccomp:
     """Return the filter `wanted` in the words that gVisor's kernel has for it, which are fewer; it allows no more.
 
     Tracing other processes is denied in any case: the sentry asks the filter before a tracer may change the call, and
-    not again, so that whoever may trace a child of his own would have every call that there is.
+    not again, so that whoever may trace a child of his own would have every call that there is. And the agent cannot be
+    killed or stopped: the sentry, other than Linux, would do that to process 1, who keeps the time of a detached job.
     """
     rules = [_guest_rule(rule) for rule in wanted["syscalls"]]
     if any(_TRACING in rule["names"] and rule["action"] == ALLOW for rule in rules):
@@ -222,11 +224,26 @@ def guest_seccomp(wanted: LinuxSeccomp) -> LinuxSeccomp:
         "defaultAction": _guest_action(wanted["defaultAction"], wanted.get("defaultErrnoRet")),
         "architectures": wanted["architectures"],
         "flags": [],
-        "syscalls": [rule for rule in rules if rule["names"]],
+        # The sentry takes the first rule that fits.
+        "syscalls": [*_agent_lives(), *(rule for rule in rules if rule["names"])],
     }
     if made["defaultAction"] == ERRNO and "defaultErrnoRet" in wanted:
         made["defaultErrnoRet"] = wanted["defaultErrnoRet"]
     return made
+
+
+def _agent_lives() -> list[Rule]:
+    """Deny the two signals that nobody can handle, to process 1 and to its one thread."""
+    return [
+        {
+            "names": names.split(),
+            "action": ERRNO,
+            "errnoRet": EPERM,
+            "args": [fits(place, (WHOLE_INT, 1)), fits(place + 1, (WHOLE_INT, signal))],
+        }
+        for names, place in (("kill tkill rt_sigqueueinfo", 0), ("tgkill rt_tgsigqueueinfo", 1))
+        for signal in (_SIGKILL, _SIGSTOP)
+    ]
 
 
 def _without_tracing(rule: Rule) -> Rule:

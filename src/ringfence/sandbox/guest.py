@@ -72,10 +72,10 @@ def failure(running: Running) -> RingfenceError:
             hint="raise limits.memory (--memory)",
         )
     said = words(running.entry.directory)[-_MOST_WORDS:].replace("\n", "; ")
-    return HostError(
-        f"gVisor could not start the sandbox: {said or 'it said nothing'}",
-        hint="'ringfence doctor' says which of gVisor's platforms work here",
-    )
+    hint = "'ringfence doctor' says which of gVisor's platforms work here"
+    if not said:
+        hint += "; a seccomp profile of your own must allow what the agent needs (agent/PROTOCOL.md)"
+    return HostError(f"gVisor could not start the sandbox: {said or 'it said nothing'}", hint=hint)
 
 
 def _set_limits(running: Running) -> None:

@@ -329,11 +329,18 @@ def _bounded(env: list[str], image: list[str]) -> list[str]:
     return env if sum(map(len, env)) <= _MOST_ENV_CHARACTERS else image
 
 
-def start(running: Running, *, meanwhile: Callable[[], object] | None = None) -> None:
+def start(
+    running: Running,
+    *,
+    meanwhile: Callable[[], object] | None = None,
+    wake_fd: int = -1,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
     """Start the runtime and wait until the agent stands at the gate.
 
     `meanwhile` is called while the runtime is at work, for tens of milliseconds: the time to import what comes
-    afterwards. Raises SandboxError, HostError, MountError.
+    afterwards. When `wake_fd` can be read, `interrupted` says whether to give up. Raises SandboxError, HostError,
+    MountError.
     """
     if running.plan["rootless"] and running.cgroup is not None:
         # The controllers have to be switched on on the way down, and we have to step aside: only we can do that.
@@ -355,6 +362,7 @@ def start(running: Running, *, meanwhile: Callable[[], object] | None = None) ->
         meanwhile()
     import ringfence.proof.prove  # noqa: F401
 
+    _wait_for(ours, running, wake_fd, interrupted)
     greeter = _greeted_by(ours, running)
     if running.plan["guest"] is None:
         running.agent_pid = greeter
@@ -486,15 +494,27 @@ def _listener(path: str) -> _socket.socket:
     return listener
 
 
+def _wait_for(sock: _socket.socket, running: Running, wake_fd: int, interrupted: Callable[[], bool]) -> None:
+    """Wait until the agent says its first word. Raises SandboxError when it does not, or somebody gives up."""
+    poll = select.poll()
+    for fd in (sock.fileno(), *([wake_fd] if wake_fd >= 0 else [])):
+        poll.register(fd, select.POLLIN)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if sock.fileno() in ready:
+            return
+        if not ready:
+            raise _late(running)
+        if interrupted():
+            raise SandboxError("interrupted before the job was started", hint="nothing was run")
+
+
 def _greeted_by(sock: _socket.socket, running: Running) -> int:
     """Return the pid of whoever speaks on the other end, in the kernel's words: unix(7), SCM_CREDENTIALS."""
     space = _socket.CMSG_SPACE(_UCRED.size)
     try:
         data, ancillary, _, _ = sock.recvmsg(1, space, _socket.MSG_PEEK)
-    except TimeoutError:
-        raise SandboxError(
-            f"the runtime did not start the sandbox within {START_TIMEOUT_S:.0f} s", hint="see --debug"
-        ) from None
     finally:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 0)
     if not data:
@@ -505,6 +525,19 @@ def _greeted_by(sock: _socket.socket, running: Running) -> int:
             if pid > 0:
                 return pid
     raise SandboxError("the kernel does not say who the agent is", hint="is this a nested pid namespace?")
+
+
+def _late(running: Running) -> SandboxError:
+    said = ""
+    if running.plan["guest"] is not None:
+        from ringfence.runtime.door import words
+
+        said = words(running.entry.directory)[-300:].replace("\n", "; ")
+    return SandboxError(
+        f"the runtime did not start the sandbox within {START_TIMEOUT_S:.0f} s"
+        + (f": {said}" if said else ""),
+        hint="see --debug",
+    )
 
 
 def _runtime_error(running: Running) -> HostError:

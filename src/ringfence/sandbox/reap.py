@@ -189,4 +189,9 @@ def _how_it_ended(entry: Entry, group: Cgroup | None) -> dict[str, object]:
         ended["oom_killed"] = False
     if end is None and ended["oom_killed"]:
         ended["exit_status"] = 137
+    if end is None and entry.record().get("isolation") == "gvisor":
+        from ringfence.runtime.door import words
+        from ringfence.sandbox.sentry import last_words
+
+        ended["reason"] = last_words(words(entry.directory))
     return ended
