@@ -61,7 +61,7 @@ static bool set_filter(const struct setup *setup) {
   return syscall(SYS_seccomp, SET_MODE_FILTER, 0, &program) == 0;
 }
 
-bool become_job(const struct setup *setup, const char **what) {
+bool take_credentials(const struct setup *setup, const char **what) {
   *what = "rlimit";
   if (!set_rlimits(setup)) return false;
   *what = "caps";

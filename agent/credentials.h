@@ -7,6 +7,6 @@
 #include "setup.h"
 
 /* False with errno, and the name of the key that could not be obeyed in `what`: the process must not go on then. */
-bool become_job(const struct setup *setup, const char **what);
+bool take_credentials(const struct setup *setup, const char **what);
 
 #endif

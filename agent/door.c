@@ -9,34 +9,19 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/epoll.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "ring.h"
 #include "signals.h"
 #include "system.h"
 
-enum { CONTROL = 3, LISTENER = 4, LOCK = 5, IMAGE = 6, WORDS = 7, LOG = 8, LOG_FILE = 9, TRACE = 10 };
+enum { LOG = 8, LOG_FILE = 9, TRACE = 10 };
 enum { FEED = 4 }; /* what the agent inside has in the listener's place */
-enum { PIECE_BYTES = 1 << 14, MOST_WORDS_BYTES = 1 << 16 };
-enum { MAX_EVENTS = 8, SIGNALS_A_TURN = 8, REAPED_A_TURN = 64, LAST_PIECES = 4096 };
-enum { ENDING_MS = 2000, ACCEPT_AGAIN_MS = 1000 };
+enum { MAX_EVENTS = 8 };
 enum about { ABOUT_SIGNALS, ABOUT_LISTENER, ABOUT_FEED, ABOUT_WORDS, ABOUT_LOG };
-enum moved { MOVED, EMPTY, OVER };
-
-/* Bytes on their way from a pipe into a file, up to a bound; what is beyond is read and dropped. */
-struct drain {
-  int from; /* -1: nobody can write to it any more */
-  int to;
-  uint64_t left;
-};
 
 static int events = -1;
 static int signals = -1;
@@ -57,79 +42,30 @@ static bool watch(int operation, int descriptor, enum about about, uint32_t want
 
 /* Pipes into files */
 
-/* Write to a regular file of the host's. What has no room on a full disk is dropped, as is all that follows. */
-static void store(struct drain *drain, const uint8_t *bytes, size_t length) {
-  if (length > drain->left) length = (size_t)drain->left;
-  drain->left -= length;
-  while (length > 0) {
-    ssize_t written = write(drain->to, bytes, length);
-    if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) {
-      drain->left = 0;
-      return;
-    }
-    bytes += written;
-    length -= (size_t)written;
-  }
-}
-
-/* Move what is there, one piece at most. */
-static enum moved move(struct drain *drain) {
-  static uint8_t piece[PIECE_BYTES];
-  if (drain->from < 0) return OVER;
-  ssize_t count = read(drain->from, piece, sizeof piece);
-  if (count < 0 && errno == EINTR) return MOVED;
-  if (count < 0 && errno == EAGAIN) return EMPTY;
-  if (count <= 0) return OVER;
-  store(drain, piece, (size_t)count);
-  return MOVED;
-}
-
 static void on_drain(struct drain *drain) {
-  if (move(drain) != OVER || drain->from < 0) return;
+  if (drain_move(drain) != OVER || drain->from < 0) return;
   epoll_ctl(events, EPOLL_CTL_DEL, drain->from, NULL);
   close(drain->from);
   drain->from = -1;
 }
 
 static bool open_drain(struct drain *drain, int from, int to, uint64_t bytes, enum about about) {
-  *drain = (struct drain){.from = from, .to = to, .left = bytes};
-  return fcntl(from, F_SETFL, O_NONBLOCK) == 0 && watch(EPOLL_CTL_ADD, from, about, EPOLLIN);
+  return drain_open(drain, from, to, bytes) && watch(EPOLL_CTL_ADD, from, about, EPOLLIN);
 }
 
-/* Keep what the pipes still hold, and leave. Bounded, for whoever has not been killed yet may go on writing. */
+/* Keep what the pipes still hold. */
 static _Noreturn void leave(int status) {
-  for (int i = 0; i < LAST_PIECES && words.left > 0 && move(&words) == MOVED; i++) continue;
-  for (int i = 0; i < LAST_PIECES && log_drain.left > 0 && move(&log_drain) == MOVED; i++) continue;
+  drain_last(&words);
+  drain_last(&log_drain);
   _exit(status);
 }
 
 /* Connections */
 
-static void hand_on(int sock) {
-  union {
-    struct cmsghdr align;
-    uint8_t bytes[CMSG_SPACE(sizeof(int))];
-  } rights = {.bytes = {0}};
-  char byte = 'C';
-  struct iovec part = {.iov_base = &byte, .iov_len = 1};
-  struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-  message.msg_control = rights.bytes;
-  message.msg_controllen = sizeof rights.bytes;
-  struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int));
-  memcpy(CMSG_DATA(header), &sock, sizeof sock);
-  /* With the agent's queue full, or nobody at its end, the connection is closed: the host sees that, and nothing here
-     waits. */
-  sendmsg(feed, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-}
-
 static void on_listener(void) {
   int sock = accept4(LISTENER, NULL, NULL, SOCK_CLOEXEC);
   if (sock >= 0) {
-    hand_on(sock);
+    hand_on(feed, sock);
     close(sock);
   } else if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
     /* The sandbox may have used up the memory of its group: do not spin on what stays readable. */
@@ -145,20 +81,6 @@ static void listen_again(int64_t now) {
 }
 
 /* The start */
-
-static bool give_up_privileges(void) {
-  const struct {
-    uint32_t version;
-    int pid;
-  } header = {.version = 0x20080522}; /* capset(2): version 3 */
-  static const uint32_t none[2][3];
-  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return false;
-  for (unsigned long capability = 0; prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0; capability++) {
-    /* Without CAP_SETPCAP the bounding set stays; with no new privileges nothing can be had from it. */
-    if (prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 && errno != EPERM) return false;
-  }
-  return syscall(SYS_capset, &header, none) == 0; /* the ambient ones go along */
-}
 
 /* The runtime and what it leaves behind have nothing of ours but the agent's two sockets and pipes to be read. */
 static _Noreturn void become_runtime(char **argv, int feed_end, int words_end) {
@@ -192,31 +114,12 @@ static bool start_runtime(char **argv) {
   return false;
 }
 
-static bool is_open(int descriptor) {
-  return fcntl(descriptor, F_SETFD, FD_CLOEXEC) == 0;
-}
-
-/* Give every number up to TRACE something, so that nothing of ours gets one of those that are passed on or closed. */
-static bool fill_gaps(void) {
-  int null;
-  do null = open("/dev/null", O_RDWR | O_NOCTTY | O_CLOEXEC);
-  while (null >= 0 && null <= TRACE);
-  if (null < 0) return false;
-  close(null);
-  return true;
-}
-
 static bool set_up(uint64_t log_bytes) {
-  if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0) return false;
-  block_signals();
-  if (!is_open(CONTROL) || !is_open(LISTENER) || !is_open(WORDS)) return false;
-  if (log_bytes > 0 && (!is_open(LOG) || !is_open(LOG_FILE))) return false;
-  for (int descriptor = LOCK; descriptor <= TRACE; descriptor++) is_open(descriptor);
-  if (!close_from(TRACE + 1) || !open_null() || !fill_gaps()) return false;
+  if (log_bytes > 0 && (!keep_open(LOG) || !keep_open(LOG_FILE))) return false;
+  if (!ring_set_up(TRACE)) return false;
   events = epoll_create1(EPOLL_CLOEXEC);
   signals = open_signals();
   if (events < 0 || signals < 0 || !watch(EPOLL_CTL_ADD, signals, ABOUT_SIGNALS, EPOLLIN)) return false;
-  if (fcntl(LISTENER, F_SETFL, O_NONBLOCK) != 0) return false;
   if (!watch(EPOLL_CTL_ADD, LISTENER, ABOUT_LISTENER, EPOLLIN)) return false;
   if (log_bytes > 0) return open_drain(&log_drain, LOG, LOG_FILE, log_bytes, ABOUT_LOG);
   close(LOG);
@@ -291,16 +194,6 @@ static _Noreturn void serve(void) {
     if (count < 0 && errno != EINTR) _exit(EXIT_OWN_FAILURE);
     for (int i = 0; i < count; i++) on_event((enum about)found[i].data.u32);
   }
-}
-
-/* False: not a number of bytes, which this is not to guess at. */
-static bool parse_bytes(const char *text, uint64_t *bytes) {
-  if (*text == '\0') return false;
-  for (*bytes = 0; *text != '\0'; text++) {
-    if (*text < '0' || *text > '9' || *bytes > (UINT64_MAX - 9) / 10) return false;
-    *bytes = *bytes * 10 + (uint64_t)(*text - '0');
-  }
-  return true;
 }
 
 int keep_door(char **argv) {

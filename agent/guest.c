@@ -81,7 +81,7 @@ static void become_agent(const struct setup *setup, int control, int feed, struc
   *place = (struct place){"descriptors", ""};
   if (!place_descriptors(control, feed)) return;
   *place = (struct place){"", ""};
-  if (!become_job(setup, &place->what)) return;
+  if (!take_credentials(setup, &place->what)) return;
   place->what = "agent";
   execve(arguments[0], arguments, environment);
 }
@@ -95,16 +95,23 @@ static _Noreturn void run_child(const struct setup *setup, int control, int feed
   _exit(EXIT_OWN_FAILURE);
 }
 
-/* A socket pair whose ends are above the numbers that the agent's get. */
-static bool make_pair(int ends[2]) {
-  int low[2];
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, low) != 0) return false;
+/* Move both ends above the numbers that the agent's descriptors get. */
+static bool lift(int ends[2]) {
   for (int i = 0; i < 2; i++) {
-    ends[i] = fcntl(low[i], F_DUPFD_CLOEXEC, ABOVE);
-    if (ends[i] < 0) return false;
-    close(low[i]);
+    int high = fcntl(ends[i], F_DUPFD_CLOEXEC, ABOVE);
+    if (high < 0) return false;
+    close(ends[i]);
+    ends[i] = high;
   }
   return true;
+}
+
+static bool make_pair(int ends[2]) {
+  return socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0 && lift(ends);
+}
+
+static bool make_pipe(int ends[2]) {
+  return pipe2(ends, O_CLOEXEC) == 0 && lift(ends);
 }
 
 /* Wait until the child has become the agent, or has said why not. */
@@ -125,7 +132,7 @@ static bool start_agent(const struct setup *setup, struct started *started, stru
   int control[2];
   int feed[2];
   int report[2];
-  if (!make_pair(control) || !make_pair(feed) || pipe2(report, O_CLOEXEC) != 0) {
+  if (!make_pair(control) || !make_pair(feed) || !make_pipe(report)) {
     note(failure, errno, (struct place){"agent", ""});
     return false;
   }
@@ -195,12 +202,14 @@ static bool set_up(struct link_setup *given, struct started *started, int *memor
   return start_agent(&setup, started, failure);
 }
 
-/* Descriptors 0, 1 and 2 are the console, if the kernel found one. */
-static bool fill_descriptors(void) {
-  int null;
-  do null = open("/dev/null", O_RDWR | O_CLOEXEC);
-  while (null >= 0 && null <= 2);
-  return null >= 0 && close(null) == 0;
+/* Words of ours go to the console. Where its driver is a module the kernel found none when it started us. */
+static bool open_console(void) {
+  int console = open("/dev/console", O_RDWR | O_NOCTTY | O_CLOEXEC);
+  if (console < 0) return true; /* then there are none */
+  for (int i = 0; i < 3; i++) {
+    if (dup2(console, i) != i) return false;
+  }
+  return console <= 2 || close(console) == 0;
 }
 
 static uint64_t boot_ms(void) {
@@ -211,8 +220,9 @@ static void start_machine(void) {
   umask(022);
   block_signals();
   if (!mount_own()) give_up("kernel's file systems");
-  if (!fill_descriptors()) give_up("null device");
+  if (!open_null()) give_up("null device");
   if (!load_modules()) give_up("modules");
+  if (!open_console()) give_up("console");
 }
 
 static int say_hello(void) {

@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "machine.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
@@ -40,6 +39,15 @@ struct vsock_address {
   uint32_t port;
   uint32_t cid;
   uint8_t rest[4];
+};
+
+/* getdents64(2) */
+struct directory_entry {
+  uint64_t inode;
+  int64_t offset;
+  uint16_t length;
+  uint8_t type;
+  char name[];
 };
 
 static const char *join(char room[PATH_BYTES], const char *a, const char *b, const char *c) {
@@ -96,21 +104,28 @@ static bool is_link(const char *port) {
   return read_file(join(path, PORTS "/", port, "/name"), name, sizeof name) > 0 && strcmp(name, "link\n") == 0;
 }
 
-/* Open the port of that name: -1 with ENOENT if it is not there yet. */
-static int find_port(void) {
-  DIR *ports = opendir(PORTS);
-  if (!ports) return -1;
-  int found = -1;
-  errno = ENOENT;
-  for (const struct dirent *entry; found < 0 && (entry = readdir(ports)) != NULL;) {
+/* Open the link if it is among these entries of the directory of ports. */
+static int open_port(const char *entries, size_t length) {
+  for (size_t at = 0; at < length;) {
+    const struct directory_entry *entry = (const struct directory_entry *)(entries + at);
     char path[PATH_BYTES];
-    if (entry->d_name[0] == '.' || !is_link(entry->d_name)) continue;
-    found = open(join(path, "/dev/", entry->d_name, ""), O_RDWR | O_CLOEXEC);
+    if (entry->name[0] != '.' && is_link(entry->name)) return open(join(path, "/dev/", entry->name, ""), O_RDWR | O_CLOEXEC);
+    at += entry->length;
   }
-  int error = found < 0 ? ENOENT : 0;
-  closedir(ports);
+  errno = ENOENT;
+  return -1;
+}
+
+/* -1 with ENOENT: it is not there yet. No readdir, for the sake of which libc would bring its heap along. */
+static int find_port(void) {
+  static _Alignas(struct directory_entry) char entries[LIST_BYTES];
+  int ports = open(PORTS, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (ports < 0) return -1;
+  long length = syscall(SYS_getdents64, ports, entries, sizeof entries);
+  int error = errno;
+  close(ports);
   errno = error;
-  return found;
+  return length < 0 ? -1 : open_port(entries, (size_t)length);
 }
 
 static int wait_for_port(void) {

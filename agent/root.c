@@ -13,7 +13,7 @@
 
 /* In the initramfs. The overlay's options, which a job can read, name its layers from the staging directory. */
 #define STAGE "/stage"
-#define ROOT "/root"
+#define ROOT "/job"
 #define SKELETON "skeleton"
 #define IMAGE "image"
 #define SCRATCH "scratch"

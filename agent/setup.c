@@ -216,6 +216,15 @@ static struct step *add_step(struct setup *setup, enum step_kind kind) {
   return step;
 }
 
+/* Dots become slashes below /proc/sys: each must have a name on both sides. */
+static bool has_parts(const char *name) {
+  char before = '.';
+  for (; *name != '\0'; before = *name++) {
+    if (*name == '.' && before == '.') return false;
+  }
+  return before != '.';
+}
+
 static bool read_sysctl(struct setup *setup, char *value) {
   struct step *step = add_step(setup, STEP_SYSCTL);
   char *text = strchr(value, '=');
@@ -223,8 +232,7 @@ static bool read_sysctl(struct setup *setup, char *value) {
   *text++ = '\0';
   step->path = value;
   step->text = text;
-  /* Dots become slashes below /proc/sys, so two of them together, or one in front, must not be there. */
-  return is_name(value, "._-", MOST_NAME_BYTES) && *value != '.' && !strstr(value, "..");
+  return is_name(value, "._-", MOST_NAME_BYTES) && has_parts(value);
 }
 
 static bool read_directory(struct setup *setup, char *value) {
@@ -278,7 +286,7 @@ static bool add_guarded(struct setup *setup, enum step_kind kind, char *value) {
   struct step *step = add_step(setup, kind);
   if (!step) return false;
   step->path = value;
-  return is_path(value) && (begins(value, "/proc") || begins(value, "/sys"));
+  return is_path(value) && (strncmp(value, "/proc/", 6) == 0 || strncmp(value, "/sys/", 5) == 0);
 }
 
 static bool read_mask(struct setup *setup, char *value) {

@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import msgspec
 
+from ringfence.errors import HostError
 from ringfence.host import places, sentry
 from ringfence.host.cgroups import cgroup_facts
 from ringfence.host.detect import detect
 from ringfence.host.gvisor import gvisor_facts
 from ringfence.image import store
 from ringfence.linux.paths import state_dir
+from ringfence.runtime.microvm.kernel import kernel_name
 
 COMPILERS = ("musl-gcc", "gcc")
 
@@ -66,6 +68,14 @@ def _base() -> str:
     return "" if store.resolve(state_dir(), "base:latest") else "the image base is not built: make setup"
 
 
+def _kernel() -> str:
+    try:
+        kernel_name(state_dir())
+    except HostError as error:
+        return str(error)
+    return ""
+
+
 def _two_cpus() -> str:
     return "" if (os.cpu_count() or 1) > 1 else "only one CPU"
 
@@ -86,6 +96,9 @@ PROBES: dict[str, Callable[[], str]] = {
     "mmdebstrap": _program("mmdebstrap"),
     "podman": _program("podman"),
     "zstd": _program("zstd"),
+    "lz4": _program("lz4"),
+    "qemu": _program("qemu-system-x86_64"),
+    "kernel": _kernel,
     "userns": _userns,
     "compiler": _compiler,
     "image:base": _base,

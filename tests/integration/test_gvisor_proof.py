@@ -130,7 +130,7 @@ def away(running: launch.Running) -> None:
     """Move the sentry, and so the job, out of the memory cgroup."""
     assert running.cgroup is not None
     assert running.guest is not None
-    Path(running.cgroup.layout.mounts["memory"], "cgroup.procs").write_text(str(running.guest.sentry_pid))
+    Path(running.cgroup.layout.mounts["memory"], "cgroup.procs").write_text(str(running.guest.parts["sentry"]))
 
 
 TABLE: dict[str, Weakening] = {
@@ -147,8 +147,8 @@ TABLE: dict[str, Weakening] = {
     "rlimit.nproc": Weakening(("rlimit.nproc",), limit("RLIMIT_NPROC", None)),
     "rlimit.stack": Weakening(("rlimit.stack",), limit("RLIMIT_STACK", 16 * MIB)),
     "hostname": Weakening(("hostname",), inner=lambda config: config.update(hostname="another")),
-    "guest.mount:/dev/shm": Weakening(
-        ("guest.mount:/dev/shm",), option("/dev/shm", f"size={16 * MIB}", f"size={64 * MIB}")
+    "mount:/dev/shm": Weakening(
+        ("mount:/dev/shm",), lambda plan: operation(plan, "shm", "tmpfs").update(inodes=1 << 20)
     ),
     "guest.mount:/sys": Weakening(("guest.mount:/sys",), option("/sys", "ro", "rw")),
     "guest.mounts.others": Weakening(("guest.mounts.others",), inner=another_mount),

@@ -337,8 +337,8 @@ def test_a_shell_with_job_control() -> None:
     time.sleep(0.3)
     shown.type(b"\x1a")
     shown.wait_for(b"Stopped")
-    shown.type(b"bg; kill %1; wait; jobs; echo over\n")
-    shown.wait_for(b"Terminated")
+    shown.type(b"bg; kill %1; wait %1; echo waited $?; jobs; echo over\n")
+    shown.wait_for(b"waited 143\r\n")
     shown.wait_for(b"\r\nover\r\n")
     shown.type(b"(exit 9)\n\x04")
     assert shown.end() == 9

@@ -55,6 +55,7 @@ GOFER = (
     "122 121 0:43 / /tmp rw,nosuid,nodev,relatime - tmpfs tmpfs rw,size=65536k,nr_inodes=16384,mode=755",
     "123 121 0:44 / /work rw,nosuid,nodev,relatime - tmpfs tmpfs rw,size=131072k,nr_inodes=16384,mode=755",
     "124 123 0:44 / /work rw,nosuid,nodev,relatime - tmpfs tmpfs rw,size=131072k,nr_inodes=16384,mode=755",
+    "124 121 0:62 / /dev/shm rw,nosuid,nodev,relatime - tmpfs tmpfs rw,size=16384k,nr_inodes=16384,mode=1777,inode64",
 )
 
 
@@ -88,7 +89,7 @@ def subject_of(pid: int) -> Subject:
 
 def parts(pid: int, report: dict[str, str] | None = None) -> Guest:
     """Take one process for all three parts."""
-    return Guest(report=TRUE if report is None else report, sentry_pid=pid, gofer_pid=pid, door_pid=pid)
+    return Guest(report=TRUE if report is None else report, parts=dict.fromkeys(("sentry", "gofer", "door"), pid))
 
 
 def proof_of(
@@ -164,9 +165,9 @@ LIES: list[Lie] = [
     ),
     ("mountinfo", "/sys ro,noexec", "/sys rw,noexec", {"guest.mount:/sys": "tmpfs rw size=4096"}),
     ("mountinfo", "/sys ro,noexec", "/sys ro,rw", {"guest.mount:/sys": "tmpfs ro,rw size=4096"}),
-    ("mountinfo", "size=16777216", "size=16m", {}),
-    ("mountinfo", "size=16777216", "size=17m", {"guest.mount:/dev/shm": "tmpfs rw size=17825792"}),
-    ("mountinfo", "size=16777216,", "", {"guest.mount:/dev/shm": "tmpfs rw"}),
+    ("mountinfo", "size=4096", "size=4k", {}),
+    ("mountinfo", "size=4096", "size=8k", {"guest.mount:/sys": "tmpfs ro size=8192"}),
+    ("mountinfo", "size=4096", "mode=755", {"guest.mount:/sys": "tmpfs ro"}),
     ("net/dev", "    lo:", "    lo: 0\n  eth0:", {"network.interfaces": ["eth0", "lo"]}),
     ("hostname", ID, ID + "\n", {"hostname": ID + "\n"}),
     ("no_new_privileges", "1", "0", {"no_new_privileges": False}),
@@ -374,7 +375,7 @@ def test_parts_are_looked_at_as_processes_of_the_host(plan: Plan, child: int) ->
     """Each part's lines are those of the process that was named, under its own prefix, with that process as source."""
     seen, told = look(plan, subject_of(child), parts(child), 3)
     own, _ = look(
-        plan, subject_of(child), Guest(report={}, sentry_pid=child, gofer_pid=os.getpid(), door_pid=0), 3
+        plan, subject_of(child), Guest(report={}, parts={"sentry": child, "gofer": os.getpid(), "door": 0}), 3
     )
     status = observe.status(Path(f"/proc/{child}/status").read_text(), "")
     for part in ("sentry", "gofer", "door"):

@@ -21,6 +21,7 @@ VERBS = {
     "plan": "Print what a run would do, and do nothing.",
     "policy": "List, show, validate and compare policies.",
     "image": "Build and list the images that Ringfence can run.",
+    "kernel": "Build, fetch and choose the kernels of virtual machines.",
     "doctor": "Say what this host can enforce and how.",
 }
 

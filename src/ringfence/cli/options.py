@@ -41,6 +41,11 @@ WHAT = (
         help="how gVisor gets at system calls; default: the best here",
     ),
     Flag(
+        "--allow-emulation",
+        kind="switch",
+        help="let a microVM run without KVM: no hardware boundary then, and the proof says so",
+    ),
+    Flag(
         "--allow-unenforced",
         kind="list",
         metavar="FIELD,...",
@@ -142,6 +147,7 @@ def request(args: "argparse.Namespace") -> Request:
         pull=args.pull,
         platform=args.platform,
         gvisor_platform=args.gvisor_platform,
+        allow_emulation=args.allow_emulation,
         teller=_teller,
         allow_unenforced=tuple(field for item in args.allow_unenforced for field in item.split(",")),
     )

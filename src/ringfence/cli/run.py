@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     plan = plan_for(request(args))
     command = whole_command(plan, args.entrypoint, command)
     if args.trace and plan["guest"] is None:
-        raise UsageError("the linux tier has no --trace yet", hint="-i gvisor has")
+        raise UsageError(f"the {plan['isolation']} tier has no --trace yet", hint="-i gvisor has")
     for text in plan["warnings"]:
         print(f"ringfence: note: {one_line(text)}", file=sys.stderr)
     with Signals() as signals:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from ringfence.host import machine, sentry
 from ringfence.host import mechanisms as by
-from ringfence.host import sentry
 from ringfence.host.facts import Host
 from ringfence.policy.model import Policy
 
@@ -32,79 +32,121 @@ class _Row(msgspec.Struct, frozen=True):
 
     linux: by.Cell
     gvisor: by.Cell
+    microvm: by.Cell
 
 
 def _same(cell: by.Cell) -> _Row:
     """What is decided outside of any sandbox, so that the tier makes no difference."""
-    return _Row(cell, cell)
+    return _Row(cell, cell, cell)
 
 
 def _ringed(cell: by.Cell, more: str = "") -> _Row:
-    """What the ring around gVisor keeps with the means of the linux tier."""
-    return _Row(cell, sentry.around(cell, more))
+    """What the ring around a kernel of its own keeps with the means of the linux tier."""
+    return _Row(cell, sentry.around(cell, more), machine.around(cell))
 
 
 _TABLE: dict[str, _Row] = {
     "isolation": _same(by.always("choice of the tier before anything starts")),
     "floor": _same(by.always("choice of the tier before anything starts")),
-    "user": _Row(by.user, sentry.USER),
+    "user": _Row(by.user, sentry.USER, machine.both("the job's user in its kernel", by.user)),
     "capabilities": _Row(
         by.always("capability sets: bounding, effective, permitted, inheritable, ambient"),
         sentry.both("capability sets of its kernel", by.always("none for the sentry")),
+        machine.both("capability sets of its kernel", by.always("none for the VMM")),
     ),
     "no_new_privileges": _Row(
         by.always("prctl PR_SET_NO_NEW_PRIVS"),
         sentry.inside("set-user-ID bits and file capabilities give nothing"),
+        machine.inside("prctl PR_SET_NO_NEW_PRIVS"),
     ),
-    "seccomp": _Row(by.seccomp, sentry.SECCOMP),
+    "seccomp": _Row(
+        by.seccomp,
+        sentry.SECCOMP,
+        machine.both("seccomp filter in its kernel", by.seccomp, " of the ring, and the VMM's own"),
+    ),
     "lsm": _Row(
         by.lsm,
         by.never(
             "a label would be that of gVisor's kernel, not the job's",
             "lsm: default goes without, or use -i linux",
         ),
+        by.never("a label would be the VMM's, not the job's", "lsm: default goes without, or use -i linux"),
     ),
     "filesystem.root": _Row(
         by.namespace("mnt", "mount namespace, root read-only or a tmpfs over it"),
         sentry.staged("staged root, read-only or a tmpfs over it, served by the gofer"),
+        machine.inside("erofs image, read-only or a tmpfs over it"),
     ),
     "filesystem.tmp": _Row(
-        by.namespace("mnt", "tmpfs size="), sentry.staged("staged tmpfs size=, served by the gofer")
+        by.namespace("mnt", "tmpfs size="),
+        sentry.staged("staged tmpfs size=, served by the gofer"),
+        machine.inside("tmpfs size="),
     ),
     "filesystem.sysfs": _Row(
         by.namespace("mnt", "mount namespace, /sys not mounted or read-only"),
         sentry.inside("/sys of its own kernel or none, never the host's"),
+        machine.inside("/sys of its own kernel or none, never the host's"),
     ),
     "filesystem.mounts": _Row(
         by.namespace("mnt", "mount namespace, bind mounts nosuid, nodev, ro or rw"),
         sentry.staged("staged bind mounts nosuid, nodev, ro or rw, served by the gofer"),
+        machine.inside("copies on read-only disks, nosuid, nodev"),
     ),
-    "network.mode": _Row(by.network, sentry.network),
+    "network.mode": _Row(by.network, sentry.network, machine.network),
     "network.allow": _same(by.never("egress rules are not built yet", "network: {mode: none}")),
     "network.publish": _same(by.never("published ports are not built yet", "network: {mode: none}")),
-    "devices": _Row(by.devices, sentry.devices),
-    "limits.memory": _ringed(
+    "devices": _Row(by.devices, sentry.devices, machine.devices),
+    "limits.memory": _Row(
         by.control("memory", "memory.limit_in_bytes", "memory.max"),
-        ", with what the sentry itself uses on top",
+        sentry.around(
+            by.control("memory", "memory.limit_in_bytes", "memory.max"),
+            ", with what the sentry itself uses on top",
+        ),
+        machine.both(
+            "memory.max in its kernel",
+            by.control("memory", "memory.limit_in_bytes", "memory.max"),
+            ", the machine's memory and the VMM's",
+        ),
     ),
-    "limits.swap": _ringed(by.swap),
+    "limits.swap": _Row(by.swap, sentry.around(by.swap), machine.swap),
     "limits.cpus": _ringed(by.control("cpu", "cpu.cfs_quota_us", "cpu.max")),
     "limits.cpu_weight": _ringed(by.control("cpu", "cpu.shares", "cpu.weight")),
     "limits.cpuset": _ringed(by.cpuset),
     "limits.pids": _Row(
-        by.control("pids", "pids.max", "pids.max"), sentry.pids(by.control("pids", "pids.max", "pids.max"))
+        by.control("pids", "pids.max", "pids.max"),
+        sentry.pids(by.control("pids", "pids.max", "pids.max")),
+        machine.inside("pids.max in its kernel"),
     ),
-    "limits.stack": _Row(by.rlimit("stack"), sentry.inside("rlimit STACK in its kernel")),
-    "limits.threads": _Row(by.threads, sentry.threads),
-    "limits.open_files": _Row(by.rlimit("nofile"), sentry.inside("rlimit NOFILE in its kernel")),
-    "limits.file_size": _Row(by.rlimit("fsize"), sentry.inside("rlimit FSIZE in its kernel")),
+    "limits.stack": _Row(
+        by.rlimit("stack"),
+        sentry.inside("rlimit STACK in its kernel"),
+        machine.inside("rlimit STACK in its kernel"),
+    ),
+    "limits.threads": _Row(by.threads, sentry.threads, machine.inside("rlimit NPROC in its kernel")),
+    "limits.open_files": _Row(
+        by.rlimit("nofile"),
+        sentry.inside("rlimit NOFILE in its kernel"),
+        machine.inside("rlimit NOFILE in its kernel"),
+    ),
+    "limits.file_size": _Row(
+        by.rlimit("fsize"),
+        sentry.inside("rlimit FSIZE in its kernel"),
+        machine.inside("rlimit FSIZE in its kernel"),
+    ),
     "limits.disk": _Row(
         by.namespace("mnt", "tmpfs size= (memory-backed work directory and writable root)"),
         sentry.staged("staged tmpfs size= (memory-backed work directory and writable root)"),
+        machine.inside("tmpfs size= (memory-backed work directory and writable root)"),
     ),
-    "limits.inodes": _Row(by.namespace("mnt", "tmpfs nr_inodes="), sentry.staged("staged tmpfs nr_inodes=")),
+    "limits.inodes": _Row(
+        by.namespace("mnt", "tmpfs nr_inodes="),
+        sentry.staged("staged tmpfs nr_inodes="),
+        machine.inside("tmpfs nr_inodes="),
+    ),
     "limits.shm": _Row(
-        by.namespace("mnt", "tmpfs size= on /dev/shm"), sentry.inside("tmpfs size= on /dev/shm in its kernel")
+        by.namespace("mnt", "tmpfs size= on /dev/shm"),
+        sentry.staged("staged tmpfs size= on /dev/shm"),
+        machine.inside("tmpfs size= on /dev/shm"),
     ),
     "limits.io.read": _ringed(by.io_read("bps")),
     "limits.io.write": _ringed(by.io_write("bps")),
@@ -115,6 +157,7 @@ _TABLE: dict[str, _Row] = {
     "sysctls": _Row(
         by.namespace("ipc", "namespaced kernel parameters, written before the start"),
         by.never("gVisor's kernel has few and passes over the rest", "leave sysctls empty, or use -i linux"),
+        machine.inside("kernel parameters of its own kernel, written before the start"),
     ),
     "secrets": _same(by.never("secrets are not built yet", "leave the list empty")),
     "image.digest_required": _same(by.always("checked before the start, and before anything is fetched")),
@@ -140,18 +183,15 @@ def enforcement(
 
     `value` is the policy's value where it matters (rlimits, cpuset); None asks about the field in general.
     `writes_to_disk` says whether the policy has a writable mount, `capabilities` are those of the policy. Whether
-    the gvisor tier can run here at all is not asked: see `ringfence.host.sentry.lack`. Raises KeyError for an
-    unknown field.
+    a tier can run here at all is not asked: see `ringfence.host.sentry.lack` and `ringfence.host.machine.lack`.
+    Raises KeyError for an unknown field.
     """
     row = _TABLE[field]
     ask = by.Question(
         field=field, host=host, value=value, writes_to_disk=writes_to_disk, capabilities=capabilities
     )
-    if tier == "microvm":
-        answer = by.Answer(reason="the microvm tier is not built yet", hint="use -i linux")
-    else:
-        answer = row.gvisor(ask) if tier == "gvisor" else row.linux(ask)
-    return _told(field, tier, answer)
+    cell = {"linux": row.linux, "gvisor": row.gvisor, "microvm": row.microvm}[tier]
+    return _told(field, tier, cell(ask))
 
 
 def _told(field: str, tier: Tier, answer: by.Answer) -> Enforcement:
@@ -168,9 +208,10 @@ def _told(field: str, tier: Tier, answer: by.Answer) -> Enforcement:
 def matrix(host: Host, *, writes_to_disk: bool = True) -> tuple[Enforcement, ...]:
     """Return every cell of the table for `host`, field by field, tiers in order.
 
-    Where gVisor cannot be used at all, each cell of its column says why.
+    Where a tier cannot be used at all, each cell of its column says why.
     """
-    lacking = {"gvisor": lack} if (lack := sentry.lack(host)) else {}
+    lacks = {"gvisor": sentry.lack(host), "microvm": machine.lack(host)}
+    lacking = {tier: lack for tier, lack in lacks.items() if lack is not None}
     return tuple(
         _told(field, tier, lacking[tier])
         if tier in lacking

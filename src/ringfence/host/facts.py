@@ -96,6 +96,16 @@ class GvisorFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     missing: tuple[str, ...] = ()
 
 
+class VmmFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The files that QEMU consists of here: where each is looked for, its program first, and where it really is.
+
+    `reason` says why it cannot be used, "" if it can.
+    """
+
+    files: dict[str, str] = {}
+    reason: str = ""
+
+
 class BlockDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole disk under the state directory, "major:minor" as the cgroup files want it."""
 
@@ -138,6 +148,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     kvm: Kvm = "absent"
     kvm_reason: str = ""
     gvisor: GvisorFacts | None = None
+    vmm: VmmFacts | None = None
     runtimes: dict[str, Runtime] = {}
     smt: bool | None = None
     ksm: bool | None = None

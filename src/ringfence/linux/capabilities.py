@@ -1,5 +1,9 @@
 """The names of capabilities by number: linux/capability.h, capabilities(7)."""
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 NAMES = (
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -49,3 +53,8 @@ def names(mask: int) -> tuple[str, ...]:
     """Return the names of the bits of `mask`, as /proc/PID/status shows sets; "CAP_63" for one without a name."""
     bits = (bit for bit in range(mask.bit_length()) if mask >> bit & 1)
     return tuple(NAMES[bit] if bit < len(NAMES) else f"CAP_{bit}" for bit in bits)
+
+
+def mask(capabilities: "Iterable[str]") -> int:
+    """Return the set of `capabilities` ("CAP_CHOWN") as a number. Raises ValueError for an unknown name."""
+    return sum(1 << NAMES.index(name) for name in set(capabilities))

@@ -10,7 +10,8 @@ HIGHEST_NUMBER = 1023  # no 64-bit architecture is near it: the newest call of L
 
 
 @cache
-def _libseccomp() -> ctypes.CDLL:
+def libseccomp() -> ctypes.CDLL:
+    """Return the library, loaded once. Raises HostError when it is not installed."""
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError as err:
@@ -35,7 +36,7 @@ def _libc() -> ctypes.CDLL:
 
 def library_version() -> tuple[int, int, int]:
     """Return libseccomp's version, e.g. (2, 5, 4). Raises HostError when it is not installed."""
-    major, minor, micro = _libseccomp().seccomp_version().contents
+    major, minor, micro = libseccomp().seccomp_version().contents
     return major, minor, micro
 
 
@@ -45,13 +46,13 @@ def number_of(name: str, arch: str) -> int | None:
     Raises HostError for another architecture or without libseccomp. Calls that exist only elsewhere have
     negative pseudo numbers: seccomp_syscall_resolve_name(3).
     """
-    number: int = _libseccomp().seccomp_syscall_resolve_name_arch(_token(arch), name.encode())
+    number: int = libseccomp().seccomp_syscall_resolve_name_arch(_token(arch), name.encode())
     return number if number >= 0 else None
 
 
 def name_of(number: int, arch: str) -> str | None:
     """Return the name of system call `number` on `arch`, or None. Raises as number_of."""
-    address: int | None = _libseccomp().seccomp_syscall_resolve_num_arch(_token(arch), number)
+    address: int | None = libseccomp().seccomp_syscall_resolve_num_arch(_token(arch), number)
     if not address:
         return None
     try:

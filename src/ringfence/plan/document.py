@@ -104,6 +104,14 @@ class Share(TypedDict):
     at: str
 
 
+class Initrd(TypedDict):
+    """Write the first file system of a guest: the agent as its init, and `modules` (paths) that its kernel lacks."""
+
+    op: Literal["initrd"]
+    at: str
+    modules: list[str]
+
+
 class Hide(TypedDict):
     """Unmount `path` in the private mount namespace of the set-up."""
 
@@ -111,7 +119,7 @@ class Hide(TypedDict):
     path: str
 
 
-Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Bind | Share | Overlay | Hide
+Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Initrd | Bind | Share | Overlay | Hide
 
 Vantage = Literal["observed", "reported", "probed", "not observable"]
 Value = str | int | bool | None | list[str]
@@ -162,6 +170,42 @@ class Guest(TypedDict):
     oci: OciConfig
 
 
+class Disk(TypedDict):
+    """A disk of a machine: the image, or a copy of what the policy mounts, made when the sandbox starts.
+
+    `source` is a disk image, or the directory or file that one is made of.
+    """
+
+    device: str
+    source: str
+    kind: Literal["image", "directory", "file"]
+    target: str
+    read_only: bool
+
+
+class Machine(TypedDict):
+    """A virtual machine: its VMM with the command line, its shape, its kernel, and the setup text for its guest.
+
+    `accelerator` is "kvm", or "tcg" for emulation. In `argv` @LINK@, @CONSOLE@ and @DISKn@ stand for descriptors.
+    """
+
+    vmm: str
+    program: str
+    version: str
+    accelerator: str
+    memory_bytes: int
+    cpus: int
+    kernel: str
+    kernel_path: str
+    kernel_digest: str
+    modules: list[str]
+    command_line: str
+    disks: list[Disk]
+    argv: list[str]
+    devices: list[str]
+    setup: list[str]
+
+
 class ImageChoice(TypedDict):
     """Which image, by name and identity; `record` is the file that holds an image of the store, "" for others."""
 
@@ -181,7 +225,8 @@ class User(TypedDict):
 class Plan(TypedDict):
     """Everything a runtime needs; see `ringfence.plan.make.make_plan`.
 
-    `oci` is for `runtime`: at the linux tier the job's own, at the others that of the ring around `guest`.
+    `oci` is for `runtime`: at the linux tier the job's own, at the others that of the ring around `guest`
+    (gVisor) or `machine`.
     """
 
     format: int
@@ -205,6 +250,7 @@ class Plan(TypedDict):
     stage: list[Op]
     oci: OciConfig
     guest: Guest | None
+    machine: Machine | None
     controls: list[Control]
     filter_samples: list[FilterSample]
     unenforced: list[Unenforced]

@@ -27,6 +27,7 @@ ROOT = "/root"
 PROGRAM = "/runsc"
 BUNDLE = "/bundle"
 STATE = "/state"
+SHM = "/shm"
 # gVisor gives its sentry the ids of "nobody": runsc/sandbox/sandbox.go of the release 20240729.
 SENTRY_ID = 65534
 # What a runsc needs to make namespaces for its parts and to hand the gofer what it keeps.
@@ -280,7 +281,6 @@ def guest_rlimits(limits: Limits, skip: frozenset[str]) -> list[Rlimit]:
 
 
 def _guest_mounts(policy: Policy, ops: list[Op]) -> list[Mount]:
-    shm = ["nosuid", "nodev", "noexec", f"size={policy.limits.shm_bytes}", "mode=1777"]
     mounts: list[Mount] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "nodev", "noexec"]},
         {
@@ -289,7 +289,13 @@ def _guest_mounts(policy: Policy, ops: list[Op]) -> list[Mount]:
             "source": "tmpfs",
             "options": ["nosuid", "noexec", "mode=755"],
         },
-        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": shm},
+        # The host's tmpfs and not the sentry's, which would have no limit on files.
+        {
+            "destination": "/dev/shm",
+            "type": "bind",
+            "source": SHM,
+            "options": ["rbind", "nosuid", "nodev", "noexec", "rw"],
+        },
     ]
     if policy.filesystem.sysfs:
         mounts.append(
@@ -337,12 +343,22 @@ def _served(ops: list[Op]) -> list[tuple[str, bool]]:
     return found
 
 
-def ring_stage(ops: list[Op], program: str) -> list[Op]:
-    """Return `ops` and what the ring has beside the job's root: the door, runsc, and room for its state."""
+def ring_stage(ops: list[Op], limits: Limits, program: str) -> list[Op]:
+    """Return `ops` and what the ring has beside the job's root: the door, runsc, room for its state, shared memory."""
     mine: list[Op] = [
         {"op": "directory", "at": name, "mode": 0o755, "owner": "root"}
-        for name in ("proc", "dev", "tmp", "state", "bundle")
+        for name in ("proc", "dev", "tmp", "state", "bundle", "shm")
     ]
+    mine.append(
+        {
+            "op": "tmpfs",
+            "at": SHM.removeprefix("/"),
+            "size_bytes": limits.shm_bytes,
+            "inodes": limits.inodes,
+            "mode": 0o1777,
+            "owner": "root",
+        }
+    )
     mine.append({"op": "agent", "at": AGENT.removeprefix("/")})
     mine.append({"op": "file", "at": PROGRAM.removeprefix("/"), "text": "", "mode": 0o755})
     mine.append(
@@ -356,7 +372,12 @@ def ring_stage(ops: list[Op], program: str) -> list[Op]:
             "read_only": True,
         }
     )
-    return [*ops, *mine]
+    # The gofer mounts what it serves below the root that it serves: there must be a place for it.
+    place: Op = {"op": "directory", "at": "skeleton/dev/shm", "mode": 0o755, "owner": "root"}
+    found: list[Op] = []
+    for op in ops:
+        found += [op, place] if op["op"] == "directory" and op["at"] == "skeleton/dev" else [op]
+    return [*found, *mine]
 
 
 def ring_limits(limits: Limits) -> Limits:
@@ -504,7 +525,11 @@ def controls(
         ("kernel", "isolation", "own"),
         ("network.interfaces", "network.mode", ["lo"]),
         ("guest.mount:/sys", "filesystem.sysfs", _sys_words(policy)),
-        ("guest.mount:/dev/shm", "limits.shm", f"tmpfs rw size={policy.limits.shm_bytes}"),
+        (
+            "mount:/dev/shm",
+            "limits.shm",
+            f"tmpfs rw,nosuid,nodev size={policy.limits.shm_bytes} inodes={policy.limits.inodes}",
+        ),
         ("guest.mounts.others", "filesystem.mounts", []),
         ("descriptors", "descriptors", ["0", "1", "2"]),
     ]

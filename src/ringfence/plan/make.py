@@ -5,9 +5,9 @@ import msgspec
 from ringfence.errors import HostError, NotEnforceable
 from ringfence.host.enforce import Enforcement, Tier, enforcement, leaves, refusals, writes_to_disk
 from ringfence.host.facts import Host, Runtime, host_digest
-from ringfence.plan import gvisor
+from ringfence.plan import gvisor, microvm
 from ringfence.plan.config import RANGE_SIZE, config, config_controls
-from ringfence.plan.document import FORMAT, Control, FilterSample, Guest, Op, Plan
+from ringfence.plan.document import FORMAT, Control, FilterSample, Guest, Machine, Op, Plan
 from ringfence.plan.limits import Disks, cgroup_controls, rlimit_controls
 from ringfence.plan.oci import OciConfig
 from ringfence.plan.seccomp import seccomp_for
@@ -34,15 +34,17 @@ def make_plan(
     *,
     runtime: str | None = None,
     platform: str = "",
+    emulation: bool = False,
     allow_unenforced: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decide everything, or refuse.
 
     `runtime` is "crun", "runc" or None for the first that works here; `platform` is gVisor's, "" for the best;
-    `allow_unenforced` are dotted policy fields that may go unenforced. Raises NotEnforceable, HostError,
-    PolicyError, MountError.
+    `emulation` lets a microVM do without KVM; `allow_unenforced` are dotted policy fields that may go unenforced.
+    Raises NotEnforceable, HostError, PolicyError, MountError.
     """
     tier = choose_tier(policy)
+    accelerator = ""
     if tier == "gvisor":
         platform = gvisor.choose_platform(host, platform)
         gvisor.check(policy, workload)
@@ -50,13 +52,16 @@ def make_plan(
         raise HostError(
             f"the {tier} tier has no platform {platform!r}", hint="--gvisor-platform goes with -i gvisor"
         )
+    if tier == "microvm":
+        accelerator = microvm.choose_accelerator(host, emulation=emulation)
+        microvm.check(policy, workload)
     unenforced = _refuse(policy, workload, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
     range_size = _range_size(host, skip)
-    if tier == "gvisor" and not range_size:
+    if tier != "linux" and not range_size:
         raise HostError(
-            "gVisor's sentry needs ids of its own",
+            f"the {tier} tier needs ids of its own",
             hint="usermod --add-subuids and --add-subgids give a user ranges",
         )
     user = _user(policy, workload, range_size)
@@ -72,7 +77,7 @@ def make_plan(
     disks = Disks(workload.disks, writes_to_disk(policy))
     ops = stage(policy, workload, host)
     limited = host.cgroup.writable and host.cgroup.version != "none"
-    make_parts = _linux if tier == "linux" else _gvisor
+    make_parts = {"linux": _linux, "gvisor": _gvisor, "microvm": _microvm}[tier]
     parts = make_parts(
         _Given(
             policy=policy,
@@ -85,7 +90,7 @@ def make_plan(
             ops=ops,
             limited=limited,
             skip=skip,
-            platform=platform,
+            platform=accelerator if tier == "microvm" else platform,
         )
     )
     plan: Plan = {
@@ -114,11 +119,12 @@ def make_plan(
         "stage": parts.ops,
         "oci": parts.oci,
         "guest": parts.guest,
+        "machine": parts.machine,
         "controls": parts.controls,
         "filter_samples": parts.samples,
         "unenforced": [
             {"field": cell.field, "reason": cell.reason}
-            for cell in (*unenforced, *_label(policy, tier, host))
+            for cell in (*unenforced, *_label(policy, tier, host), *_emulated(tier, accelerator, host))
         ],
         "warnings": gvisor.notes(policy, workload) if tier == "gvisor" else [],
         "summary": [f"seccomp {seccomp.summary}"],
@@ -148,7 +154,8 @@ class _Parts(msgspec.Struct, frozen=True, kw_only=True):
 
     ops: list[Op]
     oci: OciConfig
-    guest: Guest | None
+    guest: Guest | None = None
+    machine: Machine | None = None
     controls: list[Control]
     samples: list[FilterSample]
 
@@ -175,7 +182,7 @@ def _linux(given: _Given) -> _Parts:
         *groups,
         *stage_controls(given.ops),
     ]
-    return _Parts(ops=given.ops, oci=oci, guest=None, controls=controls, samples=tried)
+    return _Parts(ops=given.ops, oci=oci, controls=controls, samples=tried)
 
 
 def _gvisor(given: _Given) -> _Parts:
@@ -208,8 +215,42 @@ def _gvisor(given: _Given) -> _Parts:
         limited=given.limited,
         skip=skip,
     )
-    ops = gvisor.ring_stage(given.ops, made["program"])
+    ops = gvisor.ring_stage(given.ops, policy.limits, made["program"])
     return _Parts(ops=ops, oci=oci, guest=made, controls=controls, samples=[])
+
+
+def _microvm(given: _Given) -> _Parts:
+    policy, host, skip = given.policy, given.host, given.skip
+    made = microvm.machine(
+        policy,
+        given.workload,
+        host,
+        accelerator=given.platform,
+        user=given.user,
+        seccomp=given.seccomp,
+        ops=given.ops,
+        skip=skip,
+    )
+    oci = microvm.ring(
+        policy,
+        host,
+        accelerator=given.platform,
+        user=given.user,
+        range_size=given.range_size,
+        disks=given.disks,
+        skip=skip,
+    )
+    controls = microvm.controls(
+        policy,
+        host,
+        made,
+        given.ops,
+        user=given.user,
+        disks=given.disks,
+        limited=given.limited,
+        skip=skip,
+    )
+    return _Parts(ops=microvm.ring_stage(host, made), oci=oci, machine=made, controls=controls, samples=[])
 
 
 def plan_digest(plan: Plan) -> str:
@@ -228,12 +269,6 @@ def choose_tier(policy: Policy) -> Tier:
     wanted: Tier = policy.floor if policy.isolation == "auto" else policy.isolation
     if TIERS.index(wanted) < TIERS.index(policy.floor):
         raise HostError(f"isolation {wanted} is below the policy's floor {policy.floor}")
-    if wanted == "microvm":
-        raise HostError(
-            f"the {wanted} tier is not built yet"
-            + (f", and the policy's floor is {policy.floor}" if policy.floor == wanted else ""),
-            hint="choose a policy whose floor is gvisor or linux, if that is acceptable",
-        )
     return wanted
 
 
@@ -368,6 +403,14 @@ def _layout(host: Host) -> dict[str, object]:
         "controllers": list(facts.controllers),
         "base": facts.base,
     }
+
+
+def _emulated(tier: Tier, accelerator: str, host: Host) -> list[Enforcement]:
+    """Return that no hardware keeps the machine apart, where emulation was allowed and KVM does not work."""
+    if tier != "microvm" or accelerator == "kvm":
+        return []
+    reason = f"no hardware boundary: the machine is emulated ({host.kvm_reason or 'KVM does not work here'})"
+    return [Enforcement(field="isolation", tier=tier, enforced=False, reason=reason)]
 
 
 def _label(policy: Policy, tier: Tier, host: Host) -> list[Enforcement]:

@@ -28,6 +28,18 @@ class Start(msgspec.Struct, frozen=True):
     stop_signal: int = 15
 
 
+class GuestKernel(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernel that a microVM boots: an uncompressed ELF file, modules that it loads, how it is started."""
+
+    name: str
+    path: str
+    digest: str
+    release: str
+    acpi: bool
+    cmdline: str
+    modules: tuple[str, ...] = ()
+
+
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """An image that was found and mounts that were resolved.
 
@@ -35,7 +47,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     `disks` are the block devices ("254:0") that the image and the mounts lie on, `unknown_disks` those of the
     paths that lie on something whose disk is not known (a network file system).
-    `noticed` are paths in the image, without the leading slash, that a tier has a warning about.
+    `kernel` and `disk`, the image as a disk, are there for a microVM alone. `noticed` are paths in the image, without
+    the leading slash, that a tier has a warning about.
     `env` is the environment that the image starts a job with; `moby` the bytes of the seccomp profile that
     the policy names by path, read by the caller.
     """
@@ -52,3 +65,5 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     unknown_disks: tuple[str, ...] = ()
     moby: bytes | None = None
     noticed: frozenset[str] = frozenset()
+    kernel: GuestKernel | None = None
+    disk: str = ""

@@ -43,17 +43,16 @@ _OF_ITSELF = ("/", "/dev/pts")
 class Guest:
     """What stands for a sandbox with a kernel of its own: its report, and its parts as processes of the host.
 
-    `report` has the texts of the agent's REPORTED frame by name, such as "status" and "net/dev".
+    `report` has the texts of the agent's REPORTED frame by name, such as "status" and "net/dev"; `parts` the host's
+    process ids by what the processes are: sentry, gofer and door, or vmm and bridge.
     """
 
-    __slots__ = ("door_pid", "gofer_pid", "report", "sentry_pid")
+    __slots__ = ("parts", "report")
 
-    def __init__(self, *, report: dict[str, str], sentry_pid: int, gofer_pid: int, door_pid: int) -> None:
-        """Name them, with process ids of the host."""
+    def __init__(self, *, report: dict[str, str], parts: dict[str, int]) -> None:
+        """Name them."""
         self.report = report
-        self.sentry_pid = sentry_pid
-        self.gofer_pid = gofer_pid
-        self.door_pid = door_pid
+        self.parts = parts
 
 
 def look(plan: Plan, subject: Subject, guest: Guest | None, descriptors: int) -> tuple[Seen, Seen]:
@@ -64,12 +63,15 @@ def look(plan: Plan, subject: Subject, guest: Guest | None, descriptors: int) ->
     seen = observe(subject, GROUP)
     if guest is None:
         return seen, {}
-    for name, pid in (("sentry", guest.sentry_pid), ("gofer", guest.gofer_pid), ("door", guest.door_pid)):
+    for name, pid in guest.parts.items():
         seen |= _part(plan, subject, name, pid)
-    seen |= _served(plan, guest.gofer_pid)
-    seen |= _own_mounts(guest.sentry_pid)
-    told = reported(guest.report)
-    told |= _others(plan, guest.report)
+    if plan["isolation"] == "gvisor":
+        seen |= _served(plan, guest.parts.get("gofer", 0))
+        seen |= _own_mounts(guest.parts.get("sentry", 0))
+        told = reported(guest.report) | _others(plan, guest.report)
+    else:
+        seen |= _accelerator(guest.parts.get("vmm", 0))
+        told = reported(guest.report, who="guest") | _linux_mounts(plan, guest.report)
     told["descriptors"] = (counted(descriptors), "agent")
     return seen, told
 
@@ -92,8 +94,8 @@ def asked_of(control: Control, plan: Plan, instance: Instance) -> Value:
 
 
 def _program(plan: Plan) -> str:
-    guest = plan.get("guest")
-    return guest["program"] if guest else ""
+    kernel = plan.get("guest") or plan.get("machine")
+    return kernel["program"] if kernel else ""
 
 
 def _part(plan: Plan, subject: Subject, name: str, pid: int) -> Seen:
@@ -172,8 +174,35 @@ def _others(plan: Plan, report: dict[str, str]) -> Seen:
     return {"guest.mounts.others": (_bounded(sorted(others)), f"sentry: {_PLACES['mountinfo']}")}
 
 
-def reported(report: dict[str, str]) -> Seen:
-    """Return what the texts of a report say, by the names of controls; a text without sense says nothing.
+def _accelerator(vmm: int) -> Seen:
+    """Say by what the machine runs: a VMM that uses KVM has descriptors of it, and one that has none emulates."""
+    source = f"/proc/{vmm}/fd"
+    try:
+        links = [os.readlink(f"{source}/{name}") for name in os.listdir(source)]
+    except OSError:
+        return {}
+    machines = [link for link in links if link in ("anon_inode:kvm-vm", "anon_inode:[kvm-vm]")]
+    return {"vmm.accelerator": ("kvm" if machines else "tcg", source)}
+
+
+def _linux_mounts(plan: Plan, report: dict[str, str]) -> Seen:
+    """Return the guest's mounts in the words of the linux tier, and those that no control asks for; never raises."""
+    text, source = report.get("mountinfo", ""), f"guest: {_PLACES['mountinfo']}"
+    if not text.endswith("\n"):
+        return {}
+    try:
+        found = {mount.target: mount for mount in mountinfo(text)}
+        told: Seen = {f"mount:{target}": (mount.words(), source) for target, mount in found.items()}
+    except (ValueError, IndexError):
+        return {}
+    names = (control["name"] for control in plan["controls"])
+    asked = {name.removeprefix("mount:") for name in names if name.startswith("mount:")}
+    told["mounts.others"] = (sorted(found.keys() - asked), source)
+    return {name: (_bounded(value), where) for name, (value, where) in told.items()}
+
+
+def reported(report: dict[str, str], who: str = "sentry") -> Seen:
+    """Return what the texts of a report of `who` say, by the names of controls; a text without sense says nothing.
 
     Never raises: whatever a text holds, the worst it can do is to make controls fail.
     """
@@ -182,12 +211,12 @@ def reported(report: dict[str, str]) -> Seen:
     for name, read in _READERS.items():
         if name in texts:
             try:
-                told.update(read(texts[name], f"sentry: {_PLACES[name]}"))
+                told.update(read(texts[name], f"{who}: {_PLACES[name]}"))
             except (ValueError, IndexError):
                 continue
     if "uid_map" in texts and "gid_map" in texts:
         maps = id_maps(texts["uid_map"], texts["gid_map"])
-        told["guest.credentials.range"] = (maps, f"sentry: {_PLACES['uid_map']}")
+        told["guest.credentials.range"] = (maps, f"{who}: {_PLACES['uid_map']}")
     return {name: (_bounded(value), source) for name, (value, source) in told.items()}
 
 

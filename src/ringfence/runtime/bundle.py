@@ -42,25 +42,36 @@ def instantiate(plan: Plan, instance: Instance, *, userns: str) -> OciConfig:
         # The whole staging directory is the ring's root: the job's is one directory in it.
         made["root"]["path"] = instance.staging
         made["process"] = {**oci["process"], "args": arguments(plan, plan["guest"], instance)}
+    if plan["machine"] is not None:
+        from ringfence.runtime.bridge import arguments as bridge_arguments
+
+        made["root"]["path"] = instance.staging
+        made["process"] = {**oci["process"], "args": bridge_arguments(plan, plan["machine"], instance)}
     return made
 
 
 def write_config(plan: Plan, instance: Instance, *, userns: str) -> None:
     """Write the bundle's config.json, and the guest's beside its root. Raises HostError when the disk is full."""
-    _write(f"{instance.directory}/config.json", instantiate(plan, instance, userns=userns), 0o600)
+    oci = instantiate(plan, instance, userns=userns)
+    _write(f"{instance.directory}/config.json", dumps(oci).encode(), 0o600)
     guest = plan["guest"]
     if guest is not None:
         # Readable: the ring's root is another user than we are. It holds nothing that a plan does not show.
         inner: OciConfig = {**guest["oci"], "hostname": instance.id}
-        _write(f"{instance.staging}/bundle/config.json", inner, 0o644)
+        _write(f"{instance.staging}/bundle/config.json", dumps(inner).encode(), 0o644)
+    machine = plan["machine"]
+    if machine is not None:
+        lines = [f"hostname={instance.id}", *machine["setup"]]
+        text = "".join(f"{line}\0" for line in lines).encode("utf-8", "surrogateescape")
+        _write(f"{instance.staging}/setup", text, 0o644)
 
 
-def _write(path: str, oci: OciConfig, mode: int) -> None:
+def _write(path: str, content: bytes, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, mode)
         try:
-            data = memoryview(dumps(oci).encode())
+            data = memoryview(content)
             while data:
                 data = data[os.write(fd, data) :]
         finally:

@@ -17,8 +17,8 @@ WORDS = "runtime.log"
 PID_FILE = "pid"
 _TRACE = 10
 # What a detached job's log grows by beyond its limit: agent/output.c gives the end record room of its own.
-_END_BYTES = 64
-_NO_LIMIT = 1 << 62
+END_BYTES = 64
+NO_LIMIT = 1 << 62
 
 
 def arguments(plan: Plan, guest: Guest, instance: Instance) -> list[str]:
@@ -26,7 +26,7 @@ def arguments(plan: Plan, guest: Guest, instance: Instance) -> list[str]:
     limit = plan["output_bytes"]
     log_bytes = 0
     if instance.detached:
-        log_bytes = _NO_LIMIT if limit is None else limit + _END_BYTES
+        log_bytes = NO_LIMIT if limit is None else limit + END_BYTES
     # Standard error of what the door starts is a pipe to the door.
     words = "/proc/self/fd/2"
     # As JSON: in a text an argument with a newline in it would begin a line of its own.
@@ -75,12 +75,12 @@ class Descriptors:
     def _open(self, instance: Instance, log_path: str) -> None:
         nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._theirs.append(nothing)
-        self._theirs.append(_new_file(f"{instance.directory}/{WORDS}"))
+        self._theirs.append(new_file(f"{instance.directory}/{WORDS}"))
         log_from = log_file = trace = nothing
         if instance.detached:
             log_from, self.log = os.pipe2(os.O_CLOEXEC)
             self._theirs.append(log_from)
-            log_file = _new_file(log_path)
+            log_file = new_file(log_path)
             self._theirs.append(log_file)
         if instance.traced:
             self.trace, trace = os.pipe2(os.O_CLOEXEC)
@@ -113,7 +113,8 @@ class Descriptors:
         self.log = self.trace = -1
 
 
-def _new_file(path: str) -> int:
+def new_file(path: str) -> int:
+    """Return a descriptor of a new file that only we may open, for appending. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o600)
 

@@ -61,7 +61,7 @@ def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int
     gVisor gives its sentry the ids of "nobody", which lie beyond a short range: the last of the range stands for them.
     """
     size = plan["user"]["range_size"]
-    if plan["guest"] is None:
+    if plan["isolation"] != "gvisor":
         return [(0, own, 1), (1, instance.base + 1, size - 1)]
     return [(0, own, 1), (1, instance.base + 1, size - 2), (NOBODY, instance.base + size - 1, 1)]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ringfence.plan.document import Bind, Op, Overlay, Owner
 
 _MOST_BYTES = 1 << 20
+_MOST_MODULE_BYTES = 16 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _RULES = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_NO_MAGICLINKS
 _KINDS = {
@@ -72,6 +73,8 @@ class Stager:
     def _one(self, op: Op) -> None:
         if op["op"] == "directory":
             self._directory(op["at"], op["mode"], op["owner"])
+        elif op["op"] == "initrd":
+            self._initrd(op["at"], op["modules"])
         elif op["op"] == "file":
             self._file(op["at"], op["text"].encode(), op["mode"])
         elif op["op"] == "host-file":
@@ -124,6 +127,12 @@ class Stager:
         finally:
             os.close(made)
 
+    def _initrd(self, at: str, modules: list[str]) -> None:
+        from ringfence.runtime.microvm.initrd import initrd
+
+        parts = [(os.path.basename(path), _read(path, _MOST_MODULE_BYTES)) for path in modules]
+        self._file(at, initrd(_read(self.agent, _MOST_BYTES), parts), 0o444)
+
     def _file(self, at: str, data: bytes, mode: int) -> None:
         home, _, name = at.rpartition("/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -159,7 +168,7 @@ class Stager:
         libc.mount("overlay", op["at"], "overlay", flags, data)
 
     def _bind(self, op: Bind) -> None:
-        source = _open_plain(op["source"])
+        source = open_plain(op["source"])
         try:
             found = os.fstat(source)
             if stat.S_IFMT(found.st_mode) != _KINDS.get(op["kind"]):
@@ -246,7 +255,7 @@ def _open_target(below: str, at: str, flags: int = 0) -> int:
         os.close(root)
 
 
-def _open_plain(path: str) -> int:
+def open_plain(path: str) -> int:
     """Open a path that was resolved when the plan was made; a symlink on it now is somebody's trick."""
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -272,7 +281,7 @@ def _read(path: str, most_bytes: int) -> bytes:
 
 def _public(path: str) -> bytes:
     """Read a small file of the host's that everybody may read; nothing else may get into a sandbox this way."""
-    fd = _open_plain(path)
+    fd = open_plain(path)
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) or not mode & stat.S_IROTH:

@@ -21,25 +21,36 @@ _PAUSE_S = 0.001
 # proc_pid_oom_score_adj(5): chosen before every other process of the group.
 _FIRST_TO_DIE = b"1000"
 _MOST_WORDS = 600
+_CONSOLE_LINES = 8
 
 
 def found(running: Running, greeter: int) -> Guest:
     """Return the sandbox's processes as far as they are known; `greeter` is who spoke on the agent's socket."""
-    return Guest(report={}, sentry_pid=greeter, gofer_pid=0, door_pid=running.agent_pid)
+    if running.plan["isolation"] == "microvm":
+        return Guest(report={}, parts={"bridge": greeter})
+    return Guest(report={}, parts={"door": running.agent_pid, "sentry": greeter})
+
+
+def subject(guest: Guest) -> int:
+    """Return the host's process in which the kernel inside runs."""
+    return guest.parts.get("sentry") or guest.parts["vmm"]
 
 
 def settle(running: Running, guest: Guest) -> None:
-    """Wait until only the sandbox's own processes are left, give the job its memory, and ask for the report.
+    """Wait until only the sandbox's own processes are left, set the job's limits, and ask for the report.
 
     Raises SandboxError, HostError.
     """
+    settled = _only_machine if running.plan["isolation"] == "microvm" else _only_sentry
     deadline = time.monotonic() + _SETTLE_S
-    while not _alone(guest):
+    while not settled(guest):
         if time.monotonic() > deadline:
-            raise SandboxError("runsc does not end after it has started the sandbox", hint="see --debug")
+            raise SandboxError(
+                "the runtime does not end after it has started the sandbox", hint="see --debug"
+            )
         time.sleep(_PAUSE_S)
     _set_limits(running)
-    _die_first(guest.sentry_pid)
+    _die_first(subject(guest))
     connection = running.connection
     assert connection is not None  # noqa: S101 - start() has set it
     connection.send(protocol.encode_report())
@@ -49,33 +60,51 @@ def settle(running: Running, guest: Guest) -> None:
     guest.report = protocol.decode_reported(answer[2])
 
 
-def _alone(guest: Guest) -> bool:
+def _only_sentry(guest: Guest) -> bool:
     """Say whether the door has given up its rights, and no child is left to it but the sentry and the gofer."""
-    children = _children(guest.door_pid)
-    if len(children) != 2 or guest.sentry_pid not in children:
+    sentry, door = guest.parts["sentry"], guest.parts["door"]
+    children = _children(door)
+    if len(children) != 2 or sentry not in children:
         return False
-    guest.gofer_pid = next(pid for pid in children if pid != guest.sentry_pid)
-    return _is_powerless(guest.door_pid)
+    guest.parts["gofer"] = next(pid for pid in children if pid != sentry)
+    return _is_powerless(door)
+
+
+def _only_machine(guest: Guest) -> bool:
+    """Say whether the VMM is the one child of the bridge."""
+    children = _children(guest.parts["bridge"])
+    if len(children) != 1:
+        return False
+    guest.parts["vmm"] = children[0]
+    return True
 
 
 def door(running: Running) -> int:
     """Return the pid of the sandbox's first process on the host. Raises HostError."""
+    # On a busy machine all that is inside may be up before crun or runc has written the file.
+    if running.starting is not None:
+        running.starting.wait()
     return door_pid(running.instance)
 
 
 def failure(running: Running) -> RingfenceError:
     """Return why a sandbox with a kernel of its own is gone before its job began, in that kernel's own words."""
-    running.wait_gone(1.0)  # the door writes down the last words before it goes
+    running.wait_gone(1.0)  # door or bridge writes down the last words before it goes
+    machine = running.plan["isolation"] == "microvm"
+    what = "the microVM" if machine else "gVisor"
     if running.cgroup is not None and running.cgroup.oom_kills() > 0:
         return SandboxError(
-            "gVisor ended before the job started: the memory limit is too small",
+            f"{what} ended before the job started: the memory limit is too small",
             hint="raise limits.memory (--memory)",
         )
     said = words(running.entry.directory)[-_MOST_WORDS:].replace("\n", "; ")
-    hint = "'ringfence doctor' says which of gVisor's platforms work here"
+    if machine:
+        hint = "'ringfence kernel ls' lists the kernels; 'ringfence doctor' looks at KVM and QEMU"
+    else:
+        hint = "'ringfence doctor' says which of gVisor's platforms work here"
     if not said:
         hint += "; a seccomp profile of your own must allow what the agent needs (agent/PROTOCOL.md)"
-    return HostError(f"gVisor could not start the sandbox: {said or 'it said nothing'}", hint=hint)
+    return HostError(f"{what} could not start the sandbox: {said or 'it said nothing'}", hint=hint)
 
 
 def _set_limits(running: Running) -> None:
@@ -88,7 +117,8 @@ def _set_limits(running: Running) -> None:
     if isinstance(quota, int) and isinstance(period, int):
         group.limit_cpu(quota, period)
     limit, swap = asked.get("cgroup.memory_bytes"), asked.get("cgroup.swap_bytes")
-    if isinstance(limit, int):
+    # A machine has its memory from the beginning, and its guest's kernel keeps the job's limit.
+    if isinstance(limit, int) and running.plan["isolation"] == "gvisor":
         base = group.unreclaimable_bytes()
         group.limit_memory(limit + base, swap if isinstance(swap, int) else None)
         running.instance.memory_base_bytes = base
@@ -135,6 +165,8 @@ def _is_powerless(pid: int) -> bool:
 
 def notes(running: Running, *, crashed: bool) -> tuple[str, ...]:
     """Return what the kernel inside had to say about a job that failed; `crashed` if it went away without a word."""
+    if running.plan["isolation"] == "microvm":
+        return _machine_notes(running, crashed=crashed)
     from ringfence.sandbox.sentry import last_words, unsupported
 
     said = words(running.entry.directory)
@@ -148,3 +180,13 @@ def notes(running: Running, *, crashed: bool) -> tuple[str, ...]:
             " if it failed for that, -i linux has them"
         )
     return tuple(found)
+
+
+def _machine_notes(running: Running, *, crashed: bool) -> tuple[str, ...]:
+    """Return the end of the guest's console, where a kernel that panics says why."""
+    if not crashed:
+        return ()
+    lines = [line for line in words(running.entry.directory).splitlines() if line.strip()][-_CONSOLE_LINES:]
+    if not lines:
+        return ("the microVM was killed, without a word on its console",)
+    return ("the microVM ended; the last lines of its console:", *(f"  {line}" for line in lines))

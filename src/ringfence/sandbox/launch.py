@@ -40,6 +40,8 @@ _MOST_ENV_CHARACTERS = 1 << 16
 _SO_PASSCRED = 16
 _SCM_CREDENTIALS = 2
 _UCRED = Struct("=iII")
+# What runs the job where crun and runc only make the ring around it, for `ps`.
+_KERNELS = {"gvisor": "runsc", "microvm": "qemu"}
 _STAGES = {
     protocol.STAGE_DESCRIPTORS: "its standard streams could not be set up",
     protocol.STAGE_CWD: "the working directory cannot be entered",
@@ -145,7 +147,7 @@ class Running:
         Without root nobody can; and a kernel of its own does not know of the host's ids.
         """
         user, base = self.plan["user"], self.instance.base
-        if self.plan["rootless"] or self.plan["guest"] is not None:
+        if self.plan["rootless"] or self.plan["isolation"] != "linux":
             return -1, -1
         return base + user["uid"], base + user["gid"]
 
@@ -282,7 +284,7 @@ def _reserve(
                 "image_digest": plan["image"]["digest"],
                 "stop_signal": plan["stop_signal"],
                 "isolation": plan["isolation"],
-                "runtime": plan["runtime"]["name"] if plan["guest"] is None else "runsc",
+                "runtime": _KERNELS.get(plan["isolation"], plan["runtime"]["name"]),
                 "time_s": plan["time_s"],
                 "env": _bounded(merged_env(plan["env"], env), plan["env"]),
                 "cwd": cwd or plan["cwd"],
@@ -364,13 +366,13 @@ def start(
 
     _wait_for(ours, running, wake_fd, interrupted)
     greeter = _greeted_by(ours, running)
-    if running.plan["guest"] is None:
-        running.agent_pid = greeter
-    else:
+    running.agent_pid = greeter
+    if running.plan["isolation"] != "linux":
         from ringfence.sandbox import guest
 
-        # The words of the agent inside were written by the kernel that it runs under: gVisor's sentry.
-        running.agent_pid = guest.door(running)
+        if running.plan["isolation"] == "gvisor":
+            # The words of the agent inside were written by the kernel that it runs under: gVisor's sentry.
+            running.agent_pid = guest.door(running)
         running.guest = guest.found(running, greeter)
     running.pidfd = os.pidfd_open(running.agent_pid)
     if running.cgroup is not None and running.plan["deny_devices"]:
@@ -384,10 +386,15 @@ def start(
 
 def _start_runtime(running: Running, descriptors: tuple[int, ...]) -> None:
     plan, instance = running.plan, running.instance
-    if plan["guest"] is None:
+    if plan["isolation"] == "linux":
         from ringfence.runtime.linux import start as start_linux
 
         running.starting = start_linux(plan, instance, descriptors)
+        return
+    if plan["isolation"] == "microvm":
+        from ringfence.runtime.microvm.qemu import start as start_qemu
+
+        running.starting = start_qemu(plan, instance, descriptors)
         return
     from ringfence.runtime.gvisor import start as start_gvisor
 
@@ -416,10 +423,10 @@ def hold(running: Running, frame: bytes, descriptors: Sequence[int]) -> int:
     if running.guest is None:
         running.job_pid = _child_of(running.agent_pid)
     else:
-        from ringfence.sandbox.guest import settle
+        from ringfence.sandbox.guest import settle, subject
 
-        running.job_pid = running.guest.sentry_pid
         settle(running, running.guest)
+        running.job_pid = subject(running.guest)
     return protocol.decode_prepared(payload)[1]
 
 
@@ -465,7 +472,7 @@ def _died(running: Running) -> RingfenceError:
     if not memory and running.starting is not None:
         if running.starting.wait() != 0:
             return _runtime_error(running)  # it had started the agent, and then failed all the same
-        if running.plan["guest"] is not None:
+        if running.plan["isolation"] != "linux":
             from ringfence.sandbox import guest
 
             return guest.failure(running)
@@ -518,7 +525,7 @@ def _greeted_by(sock: _socket.socket, running: Running) -> int:
     finally:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 0)
     if not data:
-        raise _died(running) if running.plan["guest"] is not None else _runtime_error(running)
+        raise _died(running) if running.plan["isolation"] != "linux" else _runtime_error(running)
     for level, kind, value in ancillary:
         if level == _socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
             pid: int = _UCRED.unpack(value)[0]
@@ -529,7 +536,7 @@ def _greeted_by(sock: _socket.socket, running: Running) -> int:
 
 def _late(running: Running) -> SandboxError:
     said = ""
-    if running.plan["guest"] is not None:
+    if running.plan["isolation"] != "linux":
         from ringfence.runtime.door import words
 
         said = words(running.entry.directory)[-300:].replace("\n", "; ")

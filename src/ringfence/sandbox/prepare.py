@@ -10,7 +10,7 @@ import marshal
 import os
 import sys
 
-from ringfence.errors import ImageError
+from ringfence.errors import HostError, ImageError
 from ringfence.host.cache import host_key
 from ringfence.image.find import ImageMissing, find
 from ringfence.linux.paths import run_dir, state_dir
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ringfence.image.model import Image
     from ringfence.plan.document import Plan
-    from ringfence.plan.workload import HostFiles, Start
+    from ringfence.plan.workload import GuestKernel, HostFiles, Start
     from ringfence.policy.model import Policy
 
     class Teller(Protocol):
@@ -72,6 +72,7 @@ class Request:
 
     __slots__ = (
         "additions",
+        "allow_emulation",
         "allow_unenforced",
         "gvisor_platform",
         "image",
@@ -99,6 +100,7 @@ class Request:
         pull: str = "missing",
         platform: str = "",
         gvisor_platform: str = "",
+        allow_emulation: bool = False,
         teller: Callable[[], Teller] | None = None,
     ) -> None:
         """Hold the facts; `teller` makes one when it is needed."""
@@ -114,6 +116,7 @@ class Request:
         self.pull = pull
         self.platform = platform
         self.gvisor_platform = gvisor_platform
+        self.allow_emulation = allow_emulation
         self.teller = teller
 
 
@@ -245,18 +248,25 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
         unknown_disks=unknown,
         moby=moby,
         noticed=_noticed(layers) if tier == "gvisor" else frozenset(),
+        kernel=_kernel() if tier == "microvm" else None,
+        disk=_disk(request, image) if tier == "microvm" else "",
     )
     host = detect_cached(f"{run_dir()}/host.json")
     if tier == "gvisor":
         from ringfence.host.gvisor import with_gvisor
 
         host = with_gvisor(host, f"{run_dir()}/gvisor.json", request.gvisor_platform)
+    if tier == "microvm":
+        from ringfence.host.vmm import with_vmm
+
+        host = with_vmm(host, f"{run_dir()}/vmm.json")
     plan = make_plan(
         policy,
         workload,
         host,
         runtime=request.runtime or None,
         platform=request.gvisor_platform,
+        emulation=request.allow_emulation,
         allow_unenforced=frozenset(request.allow_unenforced),
     )
     return plan, depends, image
@@ -315,6 +325,48 @@ def _contents(image: Image, policy: Policy) -> tuple[tuple[str, ...], tuple[str,
         stop_signal=_signal(wish.stop_signal),
     )
     return layers, (*ENV, *wish.env), start
+
+
+def _kernel_name(request: Request) -> str:
+    """Return the name of the kernel that a microVM would boot, "" where none can be asked for."""
+    if request.overrides.get("isolation") in ("linux", "gvisor"):
+        return ""
+    from ringfence.runtime.microvm.kernel import kernel_name
+
+    try:
+        return kernel_name(state_dir())
+    except HostError:
+        return ""
+
+
+def _kernel() -> GuestKernel:
+    """Return the kernel that is chosen for microVMs. Raises HostError when there is none."""
+    from ringfence.plan.workload import GuestKernel
+    from ringfence.runtime.microvm.kernel import find_kernel
+
+    kernel = find_kernel(state_dir())
+    return GuestKernel(
+        name=kernel.name,
+        path=kernel.path,
+        digest=kernel.digest,
+        release=kernel.release,
+        acpi=kernel.acpi,
+        cmdline=kernel.cmdline,
+        modules=kernel.modules,
+    )
+
+
+def _disk(request: Request, image: Image) -> str:
+    """Return the disk image of an image of the store, made now if need be; "" for a directory, copied at each start."""
+    if image.kind != "store":
+        return ""
+    from ringfence.image.disks import disk
+
+    teller = Silent() if request.teller is None else request.teller()
+    try:
+        return disk(image.state, image.digest, say=teller.say)
+    finally:
+        teller.close()
 
 
 def _noticed(layers: tuple[str, ...]) -> frozenset[str]:
@@ -385,6 +437,8 @@ def _key(request: Request, image: Image) -> str:
         request.image,
         request.platform,
         request.gvisor_platform,
+        request.allow_emulation,
+        _kernel_name(request),
         request.policy,
         request.overrides,
         request.additions,

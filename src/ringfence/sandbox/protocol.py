@@ -43,7 +43,7 @@ TTY, DETACH, HOLD, RELAY = 1, 2, 4, 8
 # stages of FAILED
 STAGE_FORK, STAGE_DESCRIPTORS, STAGE_CWD, STAGE_EXEC = 1, 2, 3, 4
 # flags of EXITED and of a log's end record
-TIMED_OUT, OUTPUT_TRUNCATED = 1, 2
+TIMED_OUT, OUTPUT_TRUNCATED, OUT_OF_MEMORY = 1, 2, 4  # the last: agent/LINK.md
 # streams of a log record
 END, STDOUT, STDERR = 0, 1, 2
 

@@ -127,7 +127,7 @@ def start_job(
     plan = running.plan
     detached = bool(flags & protocol.DETACH)
     relayed: list[int] = []
-    if flags & protocol.TTY and not detached and plan["guest"] is not None:
+    if flags & protocol.TTY and not detached and plan["isolation"] != "linux":
         # A pty's master cannot leave a kernel of its own; the agent inside carries what goes through it.
         running.pty, theirs = relay()
         relayed, descriptors, flags = [theirs], [theirs], flags | protocol.RELAY
@@ -169,7 +169,7 @@ def finish(
     timed_out = ending.timed_out or bool(flags & protocol.TIMED_OUT)
     status = TIMED_OUT if timed_out else code & 0xFF
     notes: tuple[str, ...] = ()
-    if running.plan["guest"] is not None and (status != 0 or ending.exited is None):
+    if running.plan["isolation"] != "linux" and (status != 0 or ending.exited is None):
         from ringfence.sandbox.guest import notes as guest_notes
 
         notes = guest_notes(running, crashed=ending.exited is None and not running.killed and not oom_killed)

@@ -9,7 +9,7 @@ import re
 _UNSUPPORTED = re.compile(r"Unsupported syscall ([a-z0-9_]{1,40})\(([^)]{0,200})\)")
 _NUMBERED = re.compile(r"sys_([0-9]{1,4})")
 # Libraries try these at every start and do well without.
-_HARMLESS = frozenset({"rseq", "set_robust_list", "clone3"})
+_HARMLESS = frozenset({"copy_file_range", "rseq", "set_robust_list", "clone3"})
 _MOST = 12
 # How the Go runtime begins its last words.
 _LAST = re.compile(r"^(panic: |fatal error: |runtime: |SIG[A-Z]+: |\[signal )")

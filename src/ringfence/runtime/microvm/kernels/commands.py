@@ -49,7 +49,7 @@ def run(
     env: "Mapping[str, str] | None" = None,
     lock: int = -1,
     log: "IO[bytes] | None" = None,
-    heard: "Callable[[str], None]" = lambda line: None,
+    heard: "Callable[[str], None]" = lambda _line: None,
 ) -> None:
     """Run `argv` in the directory `cwd` and tell `heard` each line that it says, and "" each second of silence.
 

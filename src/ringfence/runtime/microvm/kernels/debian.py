@@ -22,7 +22,9 @@ def ask(*argv: str) -> str:
 
 def installed_version(package: str) -> str:
     """Return the version of an installed package, "" when it is not installed."""
-    status, _, version = ask("dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", package).partition(" ")
+    status, _, version = ask("dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", package).partition(
+        " "
+    )
     return version if status == "installed" else ""
 
 

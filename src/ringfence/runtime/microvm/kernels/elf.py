@@ -42,21 +42,26 @@ def inspect(path: str) -> Facts:
     try:
         # A FIFO or device must not make us wait.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise HostError(f"{path} is not a regular file", hint=_HOW)
-            if found.st_size > MOST_KERNEL_BYTES:
-                raise HostError(
-                    f"{path} has {found.st_size / 1e6:.0f} MB, more than {MOST_KERNEL_BYTES >> 20} MiB",
-                    hint="strip it of its debugging symbols: strip --strip-debug",
-                )
-            if found.st_size == 0:
-                raise HostError(f"{path} is empty", hint=_HOW)
-            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        try:
+            _check_file(path, os.fstat(descriptor))
+            with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as data:
                 return _facts(path, data)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise HostError(f"cannot read {path}: {error.strerror}", hint=_HOW) from error
+
+
+def _check_file(path: str, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise HostError(f"{path} is not a regular file", hint=_HOW)
+    if found.st_size > MOST_KERNEL_BYTES:
+        raise HostError(
+            f"{path} has {found.st_size / 1e6:.0f} MB, more than {MOST_KERNEL_BYTES >> 20} MiB",
+            hint="strip it of its debugging symbols: strip --strip-debug",
+        )
+    if found.st_size == 0:
+        raise HostError(f"{path} is empty", hint=_HOW)
 
 
 def _facts(path: str, data: mmap.mmap) -> Facts:

@@ -92,15 +92,7 @@ def _make(state: str, work: str, root: str, release: str, source: str) -> "Kerne
         sha256=store.file_digest(vmlinux),
         size_bytes=os.path.getsize(vmlinux),
         acpi=facts.acpi,
-        cmdline=_tsc(),
         modules=needed,
         extras=extras,
     )
     return store.publish(state, kernel, record)
-
-
-def _tsc() -> str:
-    """Tell this kernel how fast the CPU counts: under emulation it may hang while it finds that out itself."""
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        found = re.search(r"^cpu MHz\s*: (\d+)\.(\d{3})", file.read(1 << 16), re.M)
-    return f"tsc_early_khz={found[1]}{found[2]}" if found else ""

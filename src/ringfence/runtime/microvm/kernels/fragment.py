@@ -1,7 +1,7 @@
 """The options that make a guest kernel: read from a fragment, laid over tinyconfig, and checked to have come out.
 
-A line is ``CONFIG_NAME=value``; n means that it must be off. Behind it may stand ``# before 6.9`` or ``# from 6.9``:
-then it counts only for such kernels, because options are renamed from time to time.
+A line is ``CONFIG_NAME=value``; n means that it must be off. A comment may follow. One that begins with ``before 6.9``
+or ``from 6.9`` makes the line count only for such kernels, because options are renamed from time to time.
 """
 
 import re
@@ -11,7 +11,7 @@ from ringfence.errors import HostError
 _MOST_BYTES = 1 << 20
 # Make reads strings from the result and would carry out what stands in $(...).
 _VALUE = r'[yn]|-?\d{1,20}|0x[0-9A-Fa-f]{1,16}|"[^"\\$`]{0,1024}"'
-_OPTION = re.compile(rf"(CONFIG_[A-Za-z0-9_]+)=({_VALUE})(?:\s+#\s+(before|from)\s+(\d+)\.(\d+))?")
+_OPTION = re.compile(rf"(CONFIG_[A-Za-z0-9_]+)=({_VALUE})(?:\s+#(?:\s+(before|from)\s+(\d+)\.(\d+)\b)?.*)?")
 _OFF = re.compile(r"# (CONFIG_[A-Za-z0-9_]+) is not set")
 
 

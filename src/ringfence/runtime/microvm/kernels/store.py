@@ -24,6 +24,7 @@ import msgspec
 
 from ringfence.errors import HostError
 from ringfence.runtime.microvm.kernel import DEFAULT, LOCK, default, is_name, kernels_dir, names
+from ringfence.runtime.microvm.kernels.clock import tsc_khz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ BUILT, FETCHED, OWN = "built", "fetched", "own"
 _RANK = {BUILT: 2, OWN: 1, FETCHED: 0}
 _DIGITS = 12
 _MOST_RECORD_BYTES = 1 << 20
+_READABLE = 0o755
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,6 +72,11 @@ class Kernel:
         self.record = record
 
     @property
+    def state(self) -> str:
+        """The state directory that it is kept in."""
+        return os.path.dirname(os.path.dirname(self.directory))
+
+    @property
     def path(self) -> str:
         """The uncompressed kernel."""
         return os.path.join(self.directory, "vmlinux")
@@ -91,13 +98,14 @@ class Kernel:
 
     @property
     def acpi(self) -> bool:
-        """Whether it finds its devices by ACPI only."""
+        """Whether it finds devices and timers by ACPI only; then it also needs a CPU with a time stamp counter."""
         return self.record.acpi
 
     @property
     def cmdline(self) -> str:
-        """What it needs on its command line besides what every guest gets; "" for nothing."""
-        return self.record.cmdline
+        """What it needs on its command line, on this host, besides what every guest gets; "" for nothing."""
+        khz = tsc_khz() if self.record.acpi else 0
+        return " ".join(filter(None, (self.record.cmdline, f"tsc_early_khz={khz}" if khz else "")))
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -156,7 +164,7 @@ def making(
     home = kernels_dir(state)
     try:
         os.makedirs(home, mode=0o755, exist_ok=True)
-        os.chmod(home, 0o755)  # whatever the umask is: users may boot root's
+        os.chmod(home, _READABLE)  # whatever the umask is: users may boot root's
         lock = os.open(os.path.join(home, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise cannot("write to", home, error) from error
@@ -246,7 +254,7 @@ def _settle(work: str, record: Record) -> None:
     _write(os.path.join(work, "kernel.json"), msgspec.json.format(msgspec.json.encode(record)) + b"\n")
     if record.modules:
         _write(os.path.join(work, "modules.list"), "".join(f"{m}\n" for m in record.modules).encode())
-        os.chmod(os.path.join(work, "modules"), 0o755)
+        os.chmod(os.path.join(work, "modules"), _READABLE)
     for name in _module_names(record):
         os.chmod(os.path.join(work, "modules", name), 0o444)
     vmlinux = os.open(os.path.join(work, "vmlinux"), os.O_RDONLY | os.O_CLOEXEC)
@@ -255,7 +263,7 @@ def _settle(work: str, record: Record) -> None:
         os.fsync(vmlinux)
     finally:
         os.close(vmlinux)
-    os.chmod(work, 0o755)
+    os.chmod(work, _READABLE)
 
 
 def _write(path: str, data: bytes) -> None:

@@ -1,0 +1,63 @@
+"""The bridge of a ring with a virtual machine in it: its command line and its descriptors (agent/LINK.md)."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.errors import HostError
+from ringfence.runtime.door import END_BYTES, NO_LIMIT, WORDS, new_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.plan.document import Machine, Plan
+    from ringfence.runtime.base import Instance
+
+SETUP = "/setup"
+# The first of the descriptors that are the VMM's.
+FIRST_DISK = 8
+
+
+def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
+    """Return the bridge's command line, with the VMM's in it."""
+    limit = plan["output_bytes"]
+    log_bytes = 0
+    if instance.detached:
+        log_bytes = NO_LIMIT if limit is None else limit + END_BYTES
+    disks = {f"@DISK{place}@": str(FIRST_DISK + place) for place in range(len(machine["disks"]))}
+    return [
+        plan["oci"]["process"]["args"][0],
+        "--bridge",
+        str(log_bytes),
+        SETUP,
+        "1",
+        str(len(disks)),
+        *(_filled(word, disks) for word in machine["argv"]),
+    ]
+
+
+def _filled(word: str, disks: dict[str, str]) -> str:
+    for name, number in disks.items():
+        word = word.replace(name, number)
+    return word
+
+
+def descriptors(
+    instance: Instance, given: tuple[int, ...], disks: list[int]
+) -> tuple[tuple[int, ...], list[int]]:
+    """Return the bridge's whole list, and those of it to close once it has them.
+
+    `given` are the control socket, the listener, the lock, and perhaps a hold. Raises HostError.
+    """
+    try:
+        nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"cannot open /dev/null: {error.strerror}") from error
+    try:
+        words = new_file(f"{instance.directory}/{WORDS}")
+    except OSError as error:
+        os.close(nothing)
+        raise HostError(
+            f"cannot make the sandbox's log: {error.strerror}", hint="free some space there"
+        ) from error
+    hold = given[3] if len(given) > 3 else nothing
+    return (*given[:3], hold, words, *disks), [nothing, words]
