@@ -66,7 +66,8 @@ static _Noreturn void give_up(const char *what) {
 
 /* The job's process */
 
-/* Every descriptor but these two is closed by execve; their numbers are below all of ours. */
+/* Every other descriptor of ours is closed by execve, but the console, in whose place the agent puts the null device
+   first of all. */
 static bool place_descriptors(int control, int feed) {
   return dup2(control, CONTROL) == CONTROL && dup2(feed, FEED) == FEED;
 }

@@ -16,6 +16,7 @@ from needs import COMPILERS, PROBES
 from ringfence.sandbox import store
 
 HERE = Path(__file__).parent
+_MACHINE = ("root", "userns", "image:base", "crun", "qemu", "kernel", "mkfs.erofs")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -84,6 +85,13 @@ def guests(home: Path, probes: Path) -> Sandboxes:
     return Sandboxes("crun", probes, isolation="gvisor")
 
 
+@pytest.fixture(scope="session")
+def machines(home: Path, probes: Path) -> Sandboxes:
+    """Sandboxes of the microVM tier, emulated where KVM does not work, in rings made by crun."""
+    _require(*_MACHINE)
+    return Sandboxes("crun", probes, isolation="microvm")
+
+
 @pytest.fixture
 def cli(home: Path) -> Iterator[Cli]:
     """The command line; whatever a test leaves is removed with it, and nothing of it may be left."""
@@ -95,6 +103,25 @@ def gvisor(home: Path) -> Iterator[Cli]:
     """The same, at the gVisor tier."""
     _require("root", "userns", "image:base", "crun", "runsc")
     yield from _and_nothing_left(Cli(home, isolation="gvisor"))
+
+
+@pytest.fixture
+def microvm(home: Path) -> Iterator[Cli]:
+    """The same, at the microVM tier."""
+    _require(*_MACHINE)
+    yield from _and_nothing_left(Cli(home, isolation="microvm"))
+
+
+@pytest.fixture(scope="module")
+def booted(home: Path) -> Iterator[Cli]:
+    """One detached machine called "box" for all tests of a module, to be asked with exec; it is booted once."""
+    _require(*_MACHINE)
+    made = Cli(home, isolation="microvm")
+    made.detached("sleep", "900", options=("--timeout", "900"))
+    try:
+        yield made
+    finally:
+        made("rm", "--force", "box")
 
 
 def _and_nothing_left(made: Cli) -> Iterator[Cli]:

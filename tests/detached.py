@@ -27,7 +27,8 @@ class Cli:
 
     def __init__(self, home: Path, isolation: str = "linux") -> None:
         self.home = home
-        self.tier = ("--isolation", isolation)
+        emulated = ("--allow-emulation",) if isolation == "microvm" else ()
+        self.tier = ("--isolation", isolation, *emulated)
         self.seen: set[str] = set()
         self.started: list[subprocess.Popen[bytes]] = []
         self.logs = Path("/var/lib/ringfence/logs") / str(home.resolve()).replace("/", "%2F")

@@ -51,7 +51,7 @@ static void open_all(void) {
   bridge.setup_bytes = 1;
   bridge.words = (struct drain){.from = -1, .to = null_device, .left = MOST_WORDS_BYTES};
   bridge.log_bytes = 100;
-  bridge.vmm = 1; /* nobody reaps here */
+  bridge.vmm = 1; /* nobody is reaped here */
   bridge.signals = -1;
   bridge.listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   const struct sockaddr_un nameless = {.sun_family = AF_UNIX}; /* the kernel finds a name */
@@ -202,6 +202,11 @@ static size_t step(const uint8_t *data, size_t size) {
   }
   if (what == 0xBF) { /* the guest reads */
     hear(guest);
+    return 1;
+  }
+  if (what == 0xBE) { /* the guest is gone, the VMM too */
+    shut(&guest);
+    bridge.vmm = 0;
     return 1;
   }
   if (what >= 0x80) { /* the guest: a frame whose length is right, DATA to be made long */

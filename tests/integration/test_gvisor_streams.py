@@ -221,7 +221,7 @@ def test_a_signal_at_any_moment_of_the_start(number: int) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        time.sleep(0.03 + step * 0.04)  # the interpreter's own start is before this
+        time.sleep(0.12 + step * 0.035)  # the interpreter's own start is before this
         process.send_signal(number)
         started = time.monotonic()
         stdout, stderr = process.communicate(timeout=10)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Signals that mean the end, also to a sandbox that has not started yet: SIGHUP, SIGINT, SIGQUIT, SIGTERM.
 _ENDS = frozenset({1, 2, 3, 15})
+_SIGNALLED = 128
 _EXAMPLE = """examples:
   ringfence run -- python3 -c 'print(sum(range(10)))'
   ringfence run --memory 512m --timeout 10s -v ./data:/data -- python3 /data/job.py
@@ -120,6 +121,11 @@ def _run(
         raise
     keep = False
     tracing: list[Tracing] = []
+    asked: list[int] = []
+
+    def interrupted() -> bool:
+        asked.extend(number for number in signals.read() if number in _ENDS)
+        return bool(asked)
 
     def meanwhile() -> None:
         # From the first line on: a pipe that nobody reads would stop the kernel that writes into it.
@@ -128,9 +134,7 @@ def _run(
         _load_the_rest()
 
     try:
-        launch.start(
-            running, meanwhile=meanwhile, wake_fd=signals.fd, interrupted=lambda: _asks_to_end(signals)
-        )
+        launch.start(running, meanwhile=meanwhile, wake_fd=signals.fd, interrupted=interrupted)
         from ringfence.cli.job import Job
 
         job = Job(args, running, [os.fsencode(word) for word in command], env, signals)
@@ -141,6 +145,9 @@ def _run(
     except launch.CommandError as error:
         print(f"ringfence: {one_line(str(error))}", file=sys.stderr)
         return error.status
+    except launch.Interrupted:
+        # In silence, as any program that dies of a signal.
+        return _SIGNALLED + asked[0]
     finally:
         try:
             if keep:
@@ -151,10 +158,6 @@ def _run(
                 thread.join()
         finally:
             proof_file.write(running)
-
-
-def _asks_to_end(signals: Signals) -> bool:
-    return any(number in _ENDS for number in signals.read())
 
 
 def _trace(running: "Running") -> "Tracing":

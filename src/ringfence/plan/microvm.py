@@ -14,7 +14,7 @@ from ringfence.errors import HostError, MountError
 from ringfence.host.facts import Host
 from ringfence.linux.capabilities import mask
 from ringfence.linux.filters import compile_filter
-from ringfence.plan.config import BY_RUN, NAMESPACES
+from ringfence.plan.config import BY_RUN, MASKED, MASKED_SYS, NAMESPACES, READ_ONLY
 from ringfence.plan.document import Control, Disk, Machine, Op, Value
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, OciConfig
@@ -52,9 +52,6 @@ _RLIMIT_FIELDS = {
     "RLIMIT_NPROC": "limits.threads",
     "RLIMIT_STACK": "limits.stack",
 }
-# Nothing of the host is in a guest's /proc; these tell of the guest's kernel and are no job's business.
-_MASKED = ("/proc/interrupts", "/proc/kallsyms", "/proc/keys", "/proc/slabinfo", "/proc/timer_list")
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 
 
 def choose_accelerator(host: Host, *, emulation: bool) -> str:
@@ -261,9 +258,14 @@ def _setup(
         *(f"sysctl={name}={value}" for name, value in sorted(policy.sysctls.items())),
         *_steps(ops, user),
         *_mounted(disks, limits),
-        *(f"mask={path}" for path in _MASKED),
-        *(f"readonly={path}" for path in _READ_ONLY),
+        *(f"mask={path}" for path in _masked(policy)),
+        *(f"readonly={path}" for path in READ_ONLY),
     ]
+
+
+def _masked(policy: Policy) -> list[str]:
+    """Return what is hidden at the linux tier as well: here it tells of the guest's kernel, which is no job's business."""
+    return [*MASKED, *(MASKED_SYS if policy.filesystem.sysfs else ())]
 
 
 def _steps(ops: list[Op], user: tuple[int, int]) -> list[str]:
@@ -503,6 +505,11 @@ def _guest_mounts(policy: Policy, made: Machine, ops: list[Op]) -> list[tuple[st
         )
     )
     rows.append(("mount:/proc", "filesystem", "proc rw,nosuid,nodev,noexec"))
+    rows.append(("mount:/dev", "devices", "tmpfs rw,nosuid,noexec size=65536 inodes=64"))
+    rows.append(("mount:/dev/pts", "devices", "devpts rw,nosuid,noexec"))
+    if policy.filesystem.sysfs:
+        rows.append(("mount:/sys", "filesystem.sysfs", "sysfs ro,nosuid,nodev,noexec"))
+    rows.append(("mounts.others", "filesystem.mounts", []))
     for disk in made["disks"]:
         if disk["target"] != "/":
             kind = "erofs ro" if disk["read_only"] else "overlay rw"

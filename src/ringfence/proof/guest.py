@@ -197,7 +197,10 @@ def _linux_mounts(plan: Plan, report: dict[str, str]) -> Seen:
         return {}
     names = (control["name"] for control in plan["controls"])
     asked = {name.removeprefix("mount:") for name in names if name.startswith("mount:")}
-    told["mounts.others"] = (sorted(found.keys() - asked), source)
+    machine = plan["machine"]
+    lines = machine["setup"] if machine else []
+    hidden = {line.partition("=")[2] for line in lines if line.startswith(("mask=", "readonly="))}
+    told["mounts.others"] = (sorted(found.keys() - asked - hidden), source)
     return {name: (_bounded(value), where) for name, (value, where) in told.items()}
 
 

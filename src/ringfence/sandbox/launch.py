@@ -62,6 +62,10 @@ def failure(payload: bytes, command: str) -> Exception:
     return CommandError(stage, number, command)
 
 
+class Interrupted(Exception):
+    """Whoever asked for a start gave it up; nothing was run."""
+
+
 class CommandError(Exception):
     """The job's command could not be executed: `status` is 126 or 127. Not an error of Ringfence's."""
 
@@ -342,7 +346,7 @@ def start(
 
     `meanwhile` is called while the runtime is at work, for tens of milliseconds: the time to import what comes
     afterwards. When `wake_fd` can be read, `interrupted` says whether to give up. Raises SandboxError, HostError,
-    MountError.
+    MountError, Interrupted.
     """
     if running.plan["rootless"] and running.cgroup is not None:
         # The controllers have to be switched on on the way down, and we have to step aside: only we can do that.
@@ -502,7 +506,7 @@ def _listener(path: str) -> _socket.socket:
 
 
 def _wait_for(sock: _socket.socket, running: Running, wake_fd: int, interrupted: Callable[[], bool]) -> None:
-    """Wait until the agent says its first word. Raises SandboxError when it does not, or somebody gives up."""
+    """Wait until the agent says its first word. Raises SandboxError when it does not, Interrupted."""
     poll = select.poll()
     for fd in (sock.fileno(), *([wake_fd] if wake_fd >= 0 else [])):
         poll.register(fd, select.POLLIN)
@@ -514,7 +518,7 @@ def _wait_for(sock: _socket.socket, running: Running, wake_fd: int, interrupted:
         if not ready:
             raise _late(running)
         if interrupted():
-            raise SandboxError("interrupted before the job was started", hint="nothing was run")
+            raise Interrupted
 
 
 def _greeted_by(sock: _socket.socket, running: Running) -> int:

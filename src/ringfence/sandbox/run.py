@@ -36,6 +36,7 @@ def run(
     rootfs: str | None = None,
     runtime: str | None = None,
     gvisor_platform: str | None = None,
+    allow_emulation: bool = False,
     stdin: bytes = b"",
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
@@ -46,7 +47,8 @@ def run(
     """Run `argv` in a fresh sandbox and return its `Result`; stdout and stderr are bytes.
 
     An image's entrypoint comes before `argv`, and its own command in place of an empty one; `pull` says when an
-    image is fetched: "missing", "always" or "never".
+    image is fetched: "missing", "always" or "never". With `allow_emulation` a microVM may do without KVM, and so
+    without a hardware boundary: the proof says so.
 
     `policy` is a preset or a path; `timeout` (seconds) and `isolation` override the policy's own, as does every
     entry of `overrides`, by dotted YAML key ("limits.memory": "512MiB"). `env` is added to the image's
@@ -66,6 +68,7 @@ def run(
         rootfs=rootfs,
         runtime=runtime or "",
         gvisor_platform=gvisor_platform or "",
+        allow_emulation=allow_emulation,
         allow_unenforced=tuple(allow_unenforced),
     )
     plan = plan_for(request)
@@ -164,8 +167,9 @@ def finish(
     wall_s = time.monotonic() - running.started_s
     group = running.cgroup
     counted = group.usage() if group is not None else None
-    oom_killed = group is not None and group.oom_kills() > 0
     code, signal, flags = ending.exited or (KILLED + 9, 9, 0)
+    # A microVM's kernel keeps the job's limit, and says so; its cgroup on the host is only around the machine.
+    oom_killed = bool(flags & protocol.OUT_OF_MEMORY) or (group is not None and group.oom_kills() > 0)
     timed_out = ending.timed_out or bool(flags & protocol.TIMED_OUT)
     status = TIMED_OUT if timed_out else code & 0xFF
     notes: tuple[str, ...] = ()

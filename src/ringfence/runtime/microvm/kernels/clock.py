@@ -1,4 +1,4 @@
-"""How fast this host's CPU counts time, for guests that cannot find it out: under emulation their kernel may hang at it."""
+"""How fast this host's CPU counts time, for guests that cannot find it out: emulated, their kernel may hang at it."""
 
 import re
 

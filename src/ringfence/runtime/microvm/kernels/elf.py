@@ -140,6 +140,6 @@ def _section(data: bytes, wanted: bytes) -> bytes:
             end = data.index(b"\0", names + name)
             if data[names + name : end] == wanted:
                 return data[start : start + length]
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ValueError("its section table is broken") from error
     raise ValueError(f"it has no section {wanted.decode()}")
