@@ -30,6 +30,9 @@ enum { FRAMES_A_TURN = 4, WINDOWS = LINK_CHANNELS * (LINK_STREAMS - 1) };
 enum { EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
 /* After SHUTDOWN; the agent in the guest takes ENDING_MS, and all of it may be emulated. */
 enum { SHUTDOWN_MS = 4000 };
+/* After the main job's end no process is left to write. This is what its pipes and the link can still hold, at the
+   most, and how long the guest may take to send it while nobody on the host keeps it waiting. */
+enum { MOST_LAST_BYTES = 2 * ((1 << 20) + LINK_WINDOW_BYTES), LAST_MS = 5000 };
 
 enum phase { PHASE_HELLO, PHASE_SETUP, PHASE_OPEN, PHASE_OFF };
 
@@ -73,6 +76,8 @@ static struct {
   int64_t end_by;       /* whatever happens */
   int64_t vmm_by;       /* the VMM has this long to end */
   int64_t hung_by;      /* the launcher has gone, but had something to say to a guest that does not read */
+  int64_t last_by;      /* the guest has this long to send the last of the main job's output */
+  uint32_t last_bytes;  /* which is so much by now */
   int64_t linger_by;    /* slow readers of others than the launcher have this long */
 
   struct pollfd watched[MAX_WATCHED];
@@ -430,6 +435,10 @@ static bool on_frame(const struct link_header *header, uint8_t *payload) {
   }
   /* link_allows has seen to it that the rest has a channel. */
   struct peer *peer = &bridge.peers[header->channel];
+  if (header->type == LINK_DATA && peer == main_peer && bridge.main_over) {
+    bridge.last_bytes += header->length;
+    if (bridge.last_bytes > MOST_LAST_BYTES) return false;
+  }
   switch (header->type) {
     case LINK_CONTROL: return on_control(peer, payload, header->length);
     case LINK_CLOSE: return on_close(peer);
@@ -516,7 +525,10 @@ static bool all(bool (*is_so)(const struct peer *), int64_t now) {
 static void switch_off(int64_t now) {
   if (bridge.phase != PHASE_OPEN || !bridge.main_over || bridge.gone) return;
   if (bridge.linger_by == INT64_MAX) bridge.linger_by = now + ENDING_MS;
-  if (!all(is_delivered, now)) return;
+  /* Only the host's readers may take their time: the launcher, whose clock ends with the job, must not be kept by a
+     guest that goes on after it. */
+  if (bridge.last_by == INT64_MAX || !is_written(main_peer)) bridge.last_by = now + LAST_MS;
+  if (!all(is_delivered, now) && now < bridge.last_by) return;
   /* The one frame that goes into a busy queue, which has room for it. */
   const struct link_header header = {0, LINK_POWEROFF, 0, LINK_MACHINE};
   link_put(&bridge.out, &header, NULL);
@@ -617,7 +629,8 @@ static void say_what_is_owed(void) {
 
 static int timeout_ms(int64_t now) {
   if (bridge.reap_again || (bridge.vmm == 0 && !bridge.gone)) return 0;
-  const int64_t ticks[] = {bridge.end_by, bridge.vmm_by, bridge.hung_by, bridge.linger_by, bridge.accept_after};
+  const int64_t ticks[] = {bridge.end_by, bridge.vmm_by, bridge.hung_by, bridge.last_by, bridge.linger_by,
+                           bridge.accept_after};
   int64_t next = INT64_MAX;
   for (size_t i = 0; i < sizeof ticks / sizeof *ticks; i++) {
     if (ticks[i] > now && ticks[i] < next) next = ticks[i]; /* those that have passed were seen to */
@@ -733,7 +746,7 @@ static bool read_setup(const char *path) {
 
 /* Everything but descriptors of the ring. */
 static bool open_bridge(void) {
-  bridge.end_by = bridge.vmm_by = bridge.hung_by = bridge.linger_by = INT64_MAX;
+  bridge.end_by = bridge.vmm_by = bridge.hung_by = bridge.last_by = bridge.linger_by = INT64_MAX;
   for (struct peer *peer = main_peer; peer < no_peer; peer++) wire_open(&peer->wire, -1);
   size_t bytes = (size_t)WINDOWS * LINK_WINDOW_BYTES;
   void *windows = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

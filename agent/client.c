@@ -68,7 +68,8 @@ struct client *find_free(void) {
 }
 
 bool main_waits(void) {
-  return main_client->job.state == JOB_PREPARING || main_client->job.state == JOB_HELD;
+  enum job_state state = main_client->job.state;
+  return state == JOB_NONE || state == JOB_PREPARING || state == JOB_HELD;
 }
 
 static void kill_all(void) {
@@ -198,7 +199,7 @@ static bool on_start(struct client *client) {
   struct start start;
   if (job->state != JOB_NONE) return false;
   if (!parse_start(wire->header.flags, wire->payload, wire->header.length, &start)) return false;
-  if (sandbox.ending || main_waits()) {
+  if (sandbox.ending || (client != main_client && main_waits())) {
     job->state = JOB_ENDING;
     job->stage = STAGE_FORK;
     job->error = EAGAIN;

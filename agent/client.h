@@ -69,7 +69,7 @@ void tick(int64_t now);
 /* The first moment that tick has something to do, or INT64_MAX. */
 int64_t next_tick(int64_t now);
 
-/* The main job is not let go yet: nothing else may begin beside it. */
+/* The main job has not begun, or is not let go yet: nothing else may begin beside it. */
 bool main_waits(void);
 
 /* The signal `signo` was sent to us: it is meant for the main job. */

@@ -1,4 +1,5 @@
-/* From root of the guest to the job: limits, ids, capabilities and filter, in the order in which each is still allowed. */
+/* From root of the guest to the job: limits, ids, capabilities and filter, in the order in which each is still
+   allowed. */
 #ifndef RINGFENCE_CREDENTIALS_H
 #define RINGFENCE_CREDENTIALS_H
 

@@ -7,7 +7,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* A string that is put together in a buffer: always ended by a NUL, and `fits` as long as nothing had to be left out. */
+/* A string that is put together in a buffer: always ended by a NUL, and `fits` as long as nothing had to be left
+   out. */
 struct text {
   char *room;
   size_t size;

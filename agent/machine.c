@@ -109,7 +109,9 @@ static int open_port(const char *entries, size_t length) {
   for (size_t at = 0; at < length;) {
     const struct directory_entry *entry = (const struct directory_entry *)(entries + at);
     char path[PATH_BYTES];
-    if (entry->name[0] != '.' && is_link(entry->name)) return open(join(path, "/dev/", entry->name, ""), O_RDWR | O_CLOEXEC);
+    if (entry->name[0] != '.' && is_link(entry->name)) {
+      return open(join(path, "/dev/", entry->name, ""), O_RDWR | O_CLOEXEC);
+    }
     at += entry->length;
   }
   errno = ENOENT;

@@ -41,7 +41,8 @@ static int open_directory(const char *path) {
 
 /* Mounts */
 
-static bool mount_tmpfs(const char *at, unsigned long flags, struct room room, uint32_t mode, uint32_t uid, uint32_t gid) {
+static bool mount_tmpfs(const char *at, unsigned long flags, struct room room, uint32_t mode, uint32_t uid,
+                        uint32_t gid) {
   char options[OPTIONS_BYTES];
   struct text text;
   text_begin(&text, options, sizeof options);
@@ -119,7 +120,8 @@ static bool begin_stage(struct builder *builder) {
 
 /* Mount points of the kernel's file systems, so that no image has to have, or can lead elsewhere with, any of them. */
 static bool begin_skeleton(const struct builder *builder, const struct setup *setup) {
-  return make_directory(builder->skeleton, "/proc", 0755, 0, 0) && make_directory(builder->skeleton, "/dev", 0755, 0, 0) &&
+  return make_directory(builder->skeleton, "/proc", 0755, 0, 0) &&
+         make_directory(builder->skeleton, "/dev", 0755, 0, 0) &&
          (!setup->sysfs || make_directory(builder->skeleton, "/sys", 0755, 0, 0)) &&
          copy_file(builder->skeleton, AGENT, "/init", 0555);
 }
@@ -216,7 +218,8 @@ static bool add_tmpfs(const struct builder *builder, const struct step *step) {
   int target = target_of(builder, step->path);
   if (target < 0) return false;
   char link[LINK_BYTES];
-  return closed(target, mount_tmpfs(descriptor_link(target, link), PLAIN, step->room, step->mode, step->uid, step->gid));
+  bool good = mount_tmpfs(descriptor_link(target, link), PLAIN, step->room, step->mode, step->uid, step->gid);
+  return closed(target, good);
 }
 
 static bool add_scratch(const struct step *step) {
@@ -310,7 +313,8 @@ static bool complete_root(struct builder *builder, const struct setup *setup, st
 
 /* Names up to the first mount are the skeleton's; later ones lie in what is mounted by then. */
 static bool take_steps(struct builder *builder, const struct setup *setup, struct place *place) {
-  static const char *const keys[] = {"sysctl", "dir", "file", "link", "tmpfs", "scratch", "share", "disk", "mask", "readonly"};
+  static const char *const keys[] = {"sysctl",  "dir",   "file", "link", "tmpfs",
+                                     "scratch", "share", "disk", "mask", "readonly"};
   for (size_t i = 0; i < setup->step_count; i++) {
     const struct step *step = &setup->steps[i];
     if (step->kind == STEP_SYSCTL) continue; /* of the whole kernel */

@@ -1,5 +1,5 @@
-/* The job's root file system inside the guest: as on the linux tier, a skeleton of ours over the image, and what the plan
-   mounts on top. GUEST.md says which. */
+/* The job's root file system inside the guest: as on the linux tier, a skeleton of ours over the image, and what the
+   plan mounts on top. GUEST.md says which. */
 #ifndef RINGFENCE_ROOT_H
 #define RINGFENCE_ROOT_H
 

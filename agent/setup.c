@@ -92,7 +92,7 @@ static bool is_path(const char *path) {
     const char *part = ++path;
     path += strcspn(path, "/");
     size_t length = (size_t)(path - part);
-    if (length == 0 || (length == 1 && part[0] == '.') || (length == 2 && part[0] == '.' && part[1] == '.')) return false;
+    if (length == 0 || (length <= 2 && strspn(part, ".") >= length)) return false;
   }
   return true;
 }

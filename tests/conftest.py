@@ -113,11 +113,14 @@ def microvm(home: Path) -> Iterator[Cli]:
 
 
 @pytest.fixture(scope="module")
-def booted(home: Path) -> Iterator[Cli]:
-    """One detached machine called "box" for all tests of a module, to be asked with exec; it is booted once."""
+def booted(home: Path, probes: Path) -> Iterator[Cli]:
+    """One detached machine "box" for all tests of a module, asked with exec: a boot takes seconds where it is emulated.
+
+    Not together with `microvm`, which removes all that there is.
+    """
     _require(*_MACHINE)
     made = Cli(home, isolation="microvm")
-    made.detached("sleep", "900", options=("--timeout", "900"))
+    made.detached("sleep", "900", options=("--timeout", "900", "-v", f"{probes}:/probe"))
     try:
         yield made
     finally:

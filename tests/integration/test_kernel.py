@@ -165,6 +165,14 @@ def test_bad_input_is_one_line(
     refused(ringfence("kernel", *words), status, *parts)
 
 
+@pytest.mark.requires("root")
+def test_without_apt_lists_fetching_says_what_to_run(state: Path) -> None:
+    """On a fresh machine apt knows no package: one line that names it and the command."""
+    hidden = "mount -t tmpfs none /var/lib/apt/lists; mount -t tmpfs none /var/cache/apt; mount -t tmpfs none /boot"
+    done = ringfence("kernel", "fetch", mounts=hidden)
+    refused(done, 125, "apt does not know the package linux-image-cloud-amd64", "apt-get update")
+
+
 # Make cannot tell this from a kernel's source: what it is asked to do, it does, until it comes to the compiler.
 MAKEFILE = r"""
 tinyconfig:

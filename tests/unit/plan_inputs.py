@@ -11,9 +11,10 @@ from ringfence.host.facts import (
     Runtime,
     SubordinateIds,
     UserNamespaces,
+    VmmFacts,
 )
 from ringfence.host.sources import Source
-from ringfence.plan.workload import HostFiles, Workload
+from ringfence.plan.workload import GuestKernel, HostFiles, Workload
 from ringfence.policy.load import load, override
 from ringfence.policy.model import Policy
 
@@ -59,6 +60,27 @@ ROOT_V1_GVISOR = msgspec.structs.replace(
     gvisor=GvisorFacts(
         platforms=("systrap",), reasons={"kvm": "/dev/kvm is not there", "ptrace": "not needed"}, missing=()
     ),
+)
+_QEMU = "/usr/bin/qemu-system-x86_64"
+ROOT_V1_QEMU = msgspec.structs.replace(
+    ROOT_V1,
+    runtimes={
+        **ROOT_V1.runtimes,
+        "qemu-system-x86_64": Runtime(
+            path=_QEMU, version=(7, 2, 22), version_text="QEMU emulator version 7.2.22"
+        ),
+    },
+    vmm=VmmFacts(
+        files={
+            _QEMU: _QEMU,
+            "/lib/x86_64-linux-gnu/libc.so.6": "/usr/lib/x86_64-linux-gnu/libc.so.6",
+            "/usr/share/qemu/bios-microvm.bin": "/usr/share/seabios/bios-microvm.bin",
+        }
+    ),
+    kvm="works",
+)
+ROOT_V1_EMULATED = msgspec.structs.replace(
+    ROOT_V1_QEMU, kvm="unusable", kvm_reason="internal error (emulation failed)"
 )
 HYBRID = msgspec.structs.replace(
     ROOT_V1,
@@ -126,6 +148,19 @@ BASE = Workload(
     layers=("/var/lib/ringfence/images/base/rootfs",),
     disks=("254:0",),
     env=("PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"),
+)
+# The image as a disk, and a kernel for it: as a microVM's plan is made from.
+MACHINE = msgspec.structs.replace(
+    BASE,
+    disk="/var/lib/ringfence/images/disks/base.erofs",
+    kernel=GuestKernel(
+        name="own-6.1.0-ringfence-0123456789ab",
+        path="/var/lib/ringfence/kernels/own-6.1.0-ringfence-0123456789ab/vmlinux",
+        digest="sha256:" + "e" * 64,
+        release="6.1.0-ringfence",
+        acpi=False,
+        cmdline="lpj=100000",
+    ),
 )
 HOST_VIEW = Workload(
     image="host",

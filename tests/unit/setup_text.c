@@ -1,6 +1,5 @@
 /* Parses the setup text on stdin with the guest's own parser, and prints what came of it, one thing a line. */
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "setup.h"
 
@@ -16,8 +15,10 @@ static void print_room(const char *name, struct room room) {
 }
 
 static void print_step(const struct step *step) {
-  printf("step %d %s mode=%o uid=%u gid=%u", step->kind, step->path ? step->path : "-", step->mode, step->uid, step->gid);
-  if (step->room.bytes) printf(" room=%llu:%llu", (unsigned long long)step->room.bytes, (unsigned long long)step->room.inodes);
+  const char *path = step->path ? step->path : "-";
+  unsigned long long bytes = step->room.bytes;
+  printf("step %d %s mode=%o uid=%u gid=%u", step->kind, path, step->mode, step->uid, step->gid);
+  if (bytes) printf(" room=%llu:%llu", bytes, (unsigned long long)step->room.inodes);
   if (step->disk.device) printf(" disk=%s:%s", step->disk.device, step->disk.type);
   if (step->text) printf(" text=%s", step->text);
   printf("\n");
@@ -30,7 +31,8 @@ int main(void) {
     printf("wrong %s\n", wrong);
     return 0;
   }
-  printf("hostname %s\nids %u %u\ncaps %llx\n", setup.hostname, setup.uid, setup.gid, (unsigned long long)setup.capabilities);
+  unsigned long long capabilities = setup.capabilities;
+  printf("hostname %s\nids %u %u\ncaps %llx\n", setup.hostname, setup.uid, setup.gid, capabilities);
   printf("limits %llu %llu %llu\n", (unsigned long long)setup.memory_bytes, (unsigned long long)setup.swap_bytes,
          (unsigned long long)setup.pids);
   printf("filter %d", setup.instructions);
@@ -41,7 +43,8 @@ int main(void) {
   print_room("shm", setup.shm);
   for (int i = 0; i < MAX_RLIMITS; i++) {
     const struct rlimit_step *limit = &setup.rlimits[i];
-    if (limit->given) printf("rlimit %d %llu %llu\n", i, (unsigned long long)limit->soft, (unsigned long long)limit->hard);
+    unsigned long long soft = limit->soft;
+    if (limit->given) printf("rlimit %d %llu %llu\n", i, soft, (unsigned long long)limit->hard);
   }
   for (size_t i = 0; i < setup.step_count; i++) print_step(&setup.steps[i]);
   return 0;

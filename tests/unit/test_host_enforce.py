@@ -26,6 +26,7 @@ from ringfence.host.facts import (
     Runtime,
     SubordinateIds,
     UserNamespaces,
+    VmmFacts,
 )
 from ringfence.host.sentry import lack
 from ringfence.policy.load import load, override
@@ -92,6 +93,15 @@ GVISOR_V1, GVISOR_V2 = (
     )
     for host in (ROOT_V1, ROOT_V2)
 )
+MICROVM_V1, MICROVM_V2 = (
+    msgspec.structs.replace(
+        host,
+        runtimes=host.runtimes | {"qemu-system-x86_64": Runtime(path="/usr/bin/qemu-system-x86_64")},
+        vmm=VmmFacts(files={"/usr/bin/qemu-system-x86_64": "/usr/bin/qemu-system-x86_64"}),
+        kvm="works",
+    )
+    for host in (ROOT_V1, ROOT_V2)
+)
 
 
 def with_cgroup(host: Host, **changes: object) -> Host:
@@ -123,11 +133,65 @@ def test_root_can_enforce_every_preset(preset: str, host: Host) -> None:
     assert refusals(load(preset), "linux", host) == []
 
 
-def test_a_tier_that_does_not_exist_enforces_nothing() -> None:
-    """A tier that is not built says so for every field, and never seems to enforce one."""
-    cells = column(ROOT_V1, "microvm")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"runtimes": {}}, "QEMU is not installed"),
+        ({"kvm": "absent"}, "KVM: /dev/kvm is absent"),
+        ({"kvm": "unusable", "kvm_reason": "it hangs"}, "KVM: it hangs"),
+        ({"vmm": VmmFacts(reason="no firmware")}, "no firmware"),
+    ],
+)
+def test_a_host_that_makes_no_machines_enforces_nothing_by_them(
+    changes: dict[str, object], reason: str
+) -> None:
+    """Without QEMU, or KVM that works, every field says so, and none seems to be enforced."""
+    cells = column(msgspec.structs.replace(MICROVM_V1, **changes), "microvm")
     assert list(cells) == list(FIELDS)
-    assert {cell.reason for cell in cells.values()} == {"the microvm tier is not built yet"}
+    assert {cell.reason for cell in cells.values()} == {reason}
+    assert all(cell.hint and not cell.enforced for cell in cells.values())
+
+
+@pytest.mark.parametrize("host", [MICROVM_V1, MICROVM_V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("preset", ["trusted", "untrusted", "hostile", "ci", "service", "tenants"])
+def test_microvms_can_enforce_every_preset(preset: str, host: Host) -> None:
+    """On an ordinary host root needs no --allow-unenforced for any preset at the microvm tier either."""
+    assert refusals(load(preset), "microvm", host) == []
+
+
+def test_a_microvm_says_who_keeps_a_field() -> None:
+    """What the sandbox is held to is kept by the guest's kernel, around the machine, or both."""
+    outside = ("isolation", "floor", "image.", "host.", "limits.time", "limits.output")
+    told = {field: cell.mechanism for field, cell in column(MICROVM_V2, "microvm").items() if cell.enforced}
+    for field, mechanism in told.items():
+        if not field.startswith(outside):
+            assert mechanism.startswith(("in the guest: ", "around the machine: ")), field
+    for field in ("user", "capabilities", "seccomp", "network.mode", "limits.memory"):
+        assert "in the guest: " in told[field], field
+        assert "around the machine: " in told[field], field
+
+
+def test_a_microvm_refuses_what_it_cannot_keep() -> None:
+    """Devices of the host, swap, networks and a label of the job's own are refused, never passed over in silence."""
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"devices": ["/dev/null:rw", "/dev/fuse:rw"]}, "devices"),
+        ({"limits.swap": "1MiB"}, "limits.swap"),
+        ({"lsm": "required"}, "lsm"),
+        ({"network.mode": "egress"}, "network.mode"),
+    ]
+    for changes, field in cases:
+        refused = refusals(override(load("untrusted"), changes), "microvm", MICROVM_V1)
+        assert [cell.field for cell in refused] == [field]
+        assert refused[0].hint
+    nothing_of_the_host = {"devices": ["/dev/null:rw"], "lsm": "default", "sysctls": {"kernel.msgmax": "9"}}
+    assert refusals(override(load("untrusted"), nothing_of_the_host), "microvm", MICROVM_V1) == []
+
+
+def test_a_microvm_needs_the_control_groups_of_its_ring() -> None:
+    """CPU time, memory and I/O are kept around the machine, so a user without groups of his own is told so."""
+    refused = {cell.field: cell for cell in refusals(load("untrusted"), "microvm", USER)}
+    assert {"limits.memory", "limits.cpus", "limits.io.read"} <= set(refused)
+    assert all("Delegate=yes" in cell.hint for cell in refused.values())
 
 
 @pytest.mark.parametrize("host", [GVISOR_V1, GVISOR_V2], ids=["v1", "v2"])

@@ -97,7 +97,12 @@ class Job:
         direct = forwarded and _is_plain_pipe(0)
         if direct:
             _let_be_opened(0)
-        pipes = Pipes(self.running.owner(), stdin_fd=0 if direct else -1)
+        opened = _own_stdin() if direct and self.running.plan["isolation"] != "linux" else -1
+        if opened < 0 and self.running.plan["isolation"] != "linux":
+            direct = False
+        pipes = Pipes(self.running.owner(), stdin_fd=max(opened, 0) if direct else -1)
+        if opened >= 0:
+            os.close(opened)
         try:
             self._start(tuple(pipes.theirs))
             pipes.close_theirs()
@@ -147,6 +152,18 @@ class Job:
                 self.running.kill()
             else:
                 connection.send(protocol.encode_signal(number))
+
+
+def _own_stdin() -> int:
+    """Return standard input opened once more, -1 if that cannot be done.
+
+    A kernel of its own makes what it is handed non-blocking, which all that share the descriptor's description would
+    notice, such as the next command of our caller's.
+    """
+    try:
+        return os.open("/proc/self/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _is_plain_pipe(fd: int) -> bool:

@@ -46,6 +46,7 @@ FLAGS = (
     Flag("--name", default="", metavar="NAME", help="call the sandbox NAME"),
     Flag("--rm", kind="switch", help="with -d: remove it when it ends (always so without -d)"),
     *JOB,
+    Flag("--no-snapshot", kind="switch", help="boot a microVM, restore it from no saved one"),
     Flag("--trace", kind="switch", help="print the job's system calls on stderr (-i gvisor)"),
     Flag("--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"),
     Flag("--usage", kind="switch", help="print on stderr what it used"),
@@ -119,6 +120,8 @@ def _run(
     except BaseException:
         proof_file.drop()
         raise
+    running.snapshots = not args.no_snapshot
+    running.say = _say
     keep = False
     tracing: list[Tracing] = []
     asked: list[int] = []
@@ -165,6 +168,12 @@ def _trace(running: "Running") -> "Tracing":
 
     assert running.door is not None  # noqa: S101 - a plan without a guest was refused
     return Tracing(running.door.take_trace())
+
+
+def _say(step: str) -> None:
+    """Tell a person, and nobody else, why this once takes longer."""
+    if os.isatty(2):
+        print(f"ringfence: {one_line(step)}", file=sys.stderr, flush=True)
 
 
 def _load_the_rest() -> None:

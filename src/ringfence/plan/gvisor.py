@@ -17,7 +17,7 @@ from ringfence.plan.gvisor_compat import warnings
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, OciConfig, Rlimit
 from ringfence.plan.seccomp import OWN, ring_seccomp
-from ringfence.plan.seccomp_match import WHOLE_INT, LinuxSeccomp, Rule, fits
+from ringfence.plan.seccomp_match import WHOLE_INT, Arg, LinuxSeccomp, Rule, fits
 from ringfence.plan.seccomp_rules import ALLOW, ENOSYS, EPERM, ERRNO, LETS_PASS
 from ringfence.plan.stage import AGENT, stage_controls
 from ringfence.plan.workload import Workload
@@ -58,6 +58,8 @@ _NEWER = frozenset({"CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"})
 _NAMED_FLAGS = 4
 _TRACING = "ptrace"
 _SIGKILL, _SIGSTOP = 9, 19  # asm-generic/signal.h
+_F_SETSIG = 10  # asm-generic/fcntl.h
+_CLONE_PARENT = 0x8000  # linux/sched.h
 # A Go program of some goroutines, and for each process of the job a process and a thread that stand for it on the host.
 RING_PROCESSES = 320
 # While it starts; at the gate the limit becomes what is in use then, and the policy's.
@@ -195,7 +197,7 @@ def guest(
             "cgroupsPath": "",
             "resources": {},
             "sysctl": {},
-            "seccomp": guest_seccomp(seccomp),
+            "seccomp": guest_seccomp(seccomp, own=policy.seccomp in OWN),
             "rootfsPropagation": "private",
             "maskedPaths": [],
             "readonlyPaths": [],
@@ -210,14 +212,17 @@ def guest(
     }
 
 
-def guest_seccomp(wanted: LinuxSeccomp) -> LinuxSeccomp:
+def guest_seccomp(wanted: LinuxSeccomp, *, own: bool) -> LinuxSeccomp:
     """Return the filter `wanted` in the words that gVisor's kernel has for it, which are fewer; it allows no more.
 
     Tracing other processes is denied in any case: the sentry asks the filter before a tracer may change the call, and
     not again, so that whoever may trace a child of his own would have every call that there is. And the agent cannot be
     killed or stopped: the sentry, other than Linux, would do that to process 1, who keeps the time of a detached job.
+    `own` says that it is one of our profiles, whose rules never overlap.
     """
     rules = [_guest_rule(rule) for rule in wanted["syscalls"]]
+    if own:
+        rules = _shortened(rules)
     if any(_TRACING in rule["names"] and rule["action"] == ALLOW for rule in rules):
         rules = [_without_tracing(rule) for rule in rules]
         rules.insert(0, {"names": [_TRACING], "action": ERRNO, "errnoRet": EPERM})
@@ -233,8 +238,42 @@ def guest_seccomp(wanted: LinuxSeccomp) -> LinuxSeccomp:
     return made
 
 
+def _shortened(rules: list[Rule]) -> list[Rule]:
+    """Deny what of a call is not allowed by one rule without arguments, after those that allow the rest.
+
+    The kernel's own libraries of filters want each value denied by itself; the sentry, which takes the first rule that
+    fits, has room for 4,096 instructions, and each comparison costs twelve.
+    """
+    judged = {
+        name for rule in rules if rule.get("args") and rule["action"] == ALLOW for name in rule["names"]
+    }
+    kept: list[Rule] = []
+    for rule in rules:
+        denies = rule.get("args") and rule["action"] != ALLOW
+        names = [name for name in rule["names"] if not (denies and name in judged)]
+        if names:
+            kept.append({**rule, "names": names})
+    return [*kept, {"names": sorted(judged), "action": ERRNO, "errnoRet": EPERM}]
+
+
 def _agent_lives() -> list[Rule]:
-    """Deny the two signals that nobody can handle, to process 1 and to its one thread."""
+    """Deny the two signals that nobody can handle, to process 1 and to its one thread.
+
+    Besides the calls that send one there are two ways to have the sentry do it: a descriptor whose owner is process 1
+    and that chooses its signal, and a child that names its end's signal and has the agent for its parent.
+    """
+    return [
+        _denied("fcntl", fits(1, (WHOLE_INT, _F_SETSIG))),
+        _denied("clone", fits(0, (_CLONE_PARENT, _CLONE_PARENT))),
+        *_not_to_the_agent(),
+    ]
+
+
+def _denied(name: str, *arguments: Arg) -> Rule:
+    return {"names": [name], "action": ERRNO, "errnoRet": EPERM, "args": list(arguments)}
+
+
+def _not_to_the_agent() -> list[Rule]:
     return [
         {
             "names": names.split(),
@@ -406,7 +445,10 @@ def ring(
         "ambient": [],
     }
     devices = ("c 10:232 rw",) if platform == "kvm" else ()
-    limited = resources(ring_limits(policy.limits), host, disks=disks, skip=skip, devices=devices)
+    # The host's own bound stays, also where nothing bounds the job's processes inside.
+    limited = resources(
+        ring_limits(policy.limits), host, disks=disks, skip=skip - {"limits.pids"}, devices=devices
+    )
     # Set at the gate as well: until then gVisor alone is at work, and half a machine would make it twice as slow.
     limited["cpu"].pop("quota", None)
     limited["cpu"].pop("period", None)
@@ -536,7 +578,7 @@ def controls(
     rows += _part_rows(host, range_size)
     found: list[Control] = [{"name": name, "field": field, "asked": asked} for name, field, asked in rows]
     if limited:
-        groups = cgroup_controls(ring_limits(policy.limits), host, disks=disks, skip=skip)
+        groups = cgroup_controls(ring_limits(policy.limits), host, disks=disks, skip=skip - {"limits.pids"})
         for control in groups:
             if control["name"] == "cgroup.membership":
                 found += [

@@ -64,7 +64,8 @@ def make_plan(
             f"the {tier} tier needs ids of its own",
             hint="usermod --add-subuids and --add-subgids give a user ranges",
         )
-    user = _user(policy, workload, range_size)
+    # Without root the last id of a range stands for gVisor's sentry.
+    user = _user(policy, workload, range_size - 1 if tier == "gvisor" and host.rootless else range_size)
     _ready(host, user, skip)
     _devices(policy, host)
     seccomp = seccomp_for(
@@ -279,6 +280,7 @@ def _refuse(
     missing = refusals(policy, tier, host)
     known = {cell.field for cell in missing}
     missing += [cell for cell in _not_on_a_disk(policy, workload, tier) if cell.field not in known]
+    missing += [cell for cell in _fills_dev(policy, workload, tier) if cell.field not in known]
     refused = [cell for cell in missing if cell.field not in allow_unenforced]
     if refused:
         first, fields = refused[0], tuple(cell.field for cell in refused)
@@ -306,6 +308,23 @@ def _not_on_a_disk(policy: Policy, workload: Workload, tier: Tier) -> list[Enfor
         )
         for field in ("limits.io.read", "limits.io.write", "limits.io.read_iops", "limits.io.write_iops")
         if limits[field] is not None
+    ]
+
+
+def _fills_dev(policy: Policy, workload: Workload, tier: Tier) -> list[Enforcement]:
+    """Return the limits on files that do not hold for root of a gVisor sandbox: its /dev has no size."""
+    user = user_ids(policy.user) or workload.start.user or _JOB
+    if tier != "gvisor" or user[0] != 0:
+        return []
+    return [
+        Enforcement(
+            field=field,
+            tier=tier,
+            enforced=False,
+            reason="root of the sandbox can write to gVisor's /dev, which memory alone bounds",
+            hint="another --user",
+        )
+        for field in ("limits.disk", "limits.inodes")
     ]
 
 

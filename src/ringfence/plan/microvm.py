@@ -264,7 +264,7 @@ def _setup(
 
 
 def _masked(policy: Policy) -> list[str]:
-    """Return what is hidden at the linux tier as well: here it tells of the guest's kernel, which is no job's business."""
+    """Return what is hidden at the linux tier as well: here it tells of the guest's kernel, no business of the job's."""
     return [*MASKED, *(MASKED_SYS if policy.filesystem.sysfs else ())]
 
 

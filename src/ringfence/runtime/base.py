@@ -28,6 +28,7 @@ class Instance:
     directory on which every set-up builds its root, in a mount namespace of its own; `base` the first host id of
     its range, 0 when it has none. `detached` says whether the job's output goes to a log, `traced` whether its
     system calls are traced. `memory_base_bytes` is what a kernel of its own used before the job, found at the gate.
+    `snapshot` says how a machine comes up: see `ringfence.runtime.bridge`.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class Instance:
         "directory",
         "id",
         "memory_base_bytes",
+        "snapshot",
         "staging",
         "traced",
     )
@@ -52,11 +54,13 @@ class Instance:
         detached: bool = False,
         traced: bool = False,
         memory_base_bytes: int = 0,
+        snapshot: str = "",
     ) -> None:
         """Hold the facts."""
         self.detached = detached
         self.traced = traced
         self.memory_base_bytes = memory_base_bytes
+        self.snapshot = snapshot
         self.id = id
         self.directory = directory
         self.staging = staging

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SETUP = "/setup"
 # The first of the descriptors that are the VMM's.
 FIRST_DISK = 8
+# How a machine comes up: it boots; or it boots to be saved, its link and its monitor being the descriptors behind the
+# disks, so that the bridge has no word for it; or it is restored from the descriptor behind the disks.
+BOOT, SAVE, LOAD = "", "save", "load"
 
 
 def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
@@ -23,20 +26,31 @@ def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
     log_bytes = 0
     if instance.detached:
         log_bytes = NO_LIMIT if limit is None else limit + END_BYTES
-    disks = {f"@DISK{place}@": str(FIRST_DISK + place) for place in range(len(machine["disks"]))}
+    numbers = {f"@DISK{place}@": str(FIRST_DISK + place) for place in range(len(machine["disks"]))}
+    behind = FIRST_DISK + len(numbers)
+    count = len(numbers)
+    more: tuple[str, ...] = ()
+    if instance.snapshot == SAVE:
+        numbers["@LINK@"] = str(behind)
+        count += 2
+        more = ("-chardev", f"socket,id=monitor,fd={behind + 1}", "-mon", "chardev=monitor,mode=control")
+    elif instance.snapshot == LOAD:
+        count += 1
+        more = ("-incoming", f"fd:{behind}")
     return [
         plan["oci"]["process"]["args"][0],
         "--bridge",
         str(log_bytes),
         SETUP,
-        "1",
-        str(len(disks)),
-        *(_filled(word, disks) for word in machine["argv"]),
+        "0" if instance.snapshot == LOAD else "1",
+        str(count),
+        *(_filled(word, numbers) for word in machine["argv"]),
+        *more,
     ]
 
 
-def _filled(word: str, disks: dict[str, str]) -> str:
-    for name, number in disks.items():
+def _filled(word: str, numbers: dict[str, str]) -> str:
+    for name, number in numbers.items():
         word = word.replace(name, number)
     return word
 
@@ -44,9 +58,10 @@ def _filled(word: str, disks: dict[str, str]) -> str:
 def descriptors(
     instance: Instance, given: tuple[int, ...], disks: list[int]
 ) -> tuple[tuple[int, ...], list[int]]:
-    """Return the bridge's whole list, and those of it to close once it has them.
+    """Return the bridge's whole list, and those of it to close once it has them, beside `disks`.
 
-    `given` are the control socket, the listener, the lock, and perhaps a hold. Raises HostError.
+    `given` are the control socket, the listener, the lock, and perhaps a hold; `disks` are the VMM's, with those that a
+    snapshot needs. Raises HostError.
     """
     try:
         nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

@@ -44,6 +44,8 @@ def settle(running: Running, guest: Guest) -> None:
     settled = _only_machine if running.plan["isolation"] == "microvm" else _only_sentry
     deadline = time.monotonic() + _SETTLE_S
     while not settled(guest):
+        if running.wait_gone(0):
+            raise failure(running)
         if time.monotonic() > deadline:
             raise SandboxError(
                 "the runtime does not end after it has started the sandbox", hint="see --debug"
@@ -87,6 +89,17 @@ def door(running: Running) -> int:
     return door_pid(running.instance)
 
 
+def check_door(running: Running) -> None:
+    """Raise SandboxError unless the pid that was read from a file, and is open now, is this very sandbox's door."""
+    try:
+        with open(f"/proc/{running.agent_pid}/cmdline", "rb") as file:
+            words = file.read(1 << 16).split(b"\0")
+    except OSError:
+        words = []
+    if b"--door" not in words[:2] or running.instance.id.encode() not in words:
+        raise SandboxError("the sandbox ended while it was started", hint="see --debug")
+
+
 def failure(running: Running) -> RingfenceError:
     """Return why a sandbox with a kernel of its own is gone before its job began, in that kernel's own words."""
     running.wait_gone(1.0)  # door or bridge writes down the last words before it goes
@@ -98,6 +111,11 @@ def failure(running: Running) -> RingfenceError:
             hint="raise limits.memory (--memory)",
         )
     said = words(running.entry.directory)[-_MOST_WORDS:].replace("\n", "; ")
+    if "invalid number of instructions" in said:
+        return HostError(
+            "the seccomp profile is too large for gVisor's kernel, which takes 4,096 instructions",
+            hint="fewer rules with arguments; seccomp: default fits",
+        )
     if machine:
         hint = "'ringfence kernel ls' lists the kernels; 'ringfence doctor' looks at KVM and QEMU"
     else:

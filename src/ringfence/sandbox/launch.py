@@ -118,6 +118,9 @@ class Running:
         "plan",
         "proof",
         "pty",
+        "say",
+        "snapshot_fd",
+        "snapshots",
         "started_s",
         "starting",
     )
@@ -140,6 +143,10 @@ class Running:
         self.agent_pid = 0
         self.job_pid = 0
         self.killed = False
+        # Whether a machine may be restored from a saved one, from which, and whom to tell that one is being saved.
+        self.snapshots = True
+        self.snapshot_fd = -1
+        self.say: Callable[[str], object] = lambda _: None
         self.pidfd = -1
         self.pty = -1
         self.proof: Proof | None = None
@@ -214,10 +221,10 @@ class Running:
         self.entry.unlock()
 
     def _close_descriptors(self) -> None:
-        for fd in (self.pidfd, self.pty, self.image_fd):
+        for fd in (self.pidfd, self.pty, self.image_fd, self.snapshot_fd):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.pty = self.image_fd = -1
+        self.pidfd = self.pty = self.image_fd = self.snapshot_fd = -1
         if self.door is not None:
             self.door.close()
 
@@ -249,6 +256,11 @@ def prepare(
                 f"there is a sandbox called {name!r}", hint=f"ringfence rm {name}, or another name"
             )
         return _reserve(plan, name, argv, env, cwd, detached=detached, remove=remove)
+
+
+def reserve(plan: Plan, shown: str) -> Running:
+    """Reserve everything for a sandbox without a job, which `ps` shows as `shown`. Raises as `prepare` does."""
+    return _reserve(plan, "", [shown], (), None, detached=False, remove=True)
 
 
 def merged_env(image: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -351,6 +363,10 @@ def start(
     if running.plan["rootless"] and running.cgroup is not None:
         # The controllers have to be switched on on the way down, and we have to step aside: only we can do that.
         running.cgroup.create()
+    if running.plan["isolation"] == "microvm":
+        from ringfence.sandbox.snapshot import snapshot_for
+
+        running.snapshot_fd = snapshot_for(running, wake_fd, interrupted)
     ours, theirs = _socket_pair()
     listener = _listener(running.entry.path("control.sock"))
     try:
@@ -379,6 +395,8 @@ def start(
             running.agent_pid = guest.door(running)
         running.guest = guest.found(running, greeter)
     running.pidfd = os.pidfd_open(running.agent_pid)
+    if running.plan["isolation"] == "gvisor":
+        guest.check_door(running)
     if running.cgroup is not None and running.plan["deny_devices"]:
         running.cgroup.deny_devices(running.plan["deny_devices"])
     frame = running.connection.recv()
@@ -398,7 +416,8 @@ def _start_runtime(running: Running, descriptors: tuple[int, ...]) -> None:
     if plan["isolation"] == "microvm":
         from ringfence.runtime.microvm.qemu import start as start_qemu
 
-        running.starting = start_qemu(plan, instance, descriptors)
+        saved = () if running.snapshot_fd < 0 else (running.snapshot_fd,)
+        running.starting = start_qemu(plan, instance, descriptors, saved)
         return
     from ringfence.runtime.gvisor import start as start_gvisor
 
@@ -476,6 +495,7 @@ def _died(running: Running) -> RingfenceError:
     if not memory and running.starting is not None:
         if running.starting.wait() != 0:
             return _runtime_error(running)  # it had started the agent, and then failed all the same
+        _distrust(running)
         if running.plan["isolation"] != "linux":
             from ringfence.sandbox import guest
 
@@ -539,6 +559,7 @@ def _greeted_by(sock: _socket.socket, running: Running) -> int:
 
 
 def _late(running: Running) -> SandboxError:
+    _distrust(running)
     said = ""
     if running.plan["isolation"] != "linux":
         from ringfence.runtime.door import words
@@ -549,6 +570,13 @@ def _late(running: Running) -> SandboxError:
         + (f": {said}" if said else ""),
         hint="see --debug",
     )
+
+
+def _distrust(running: Running) -> None:
+    if running.instance.snapshot:
+        from ringfence.sandbox.snapshot import distrust
+
+        distrust(running)
 
 
 def _runtime_error(running: Running) -> HostError:

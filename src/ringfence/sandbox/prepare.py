@@ -134,8 +134,15 @@ def plan_for(request: Request) -> Plan:
     plan = _cached(path)
     if plan is None:
         plan, depends, image = make(request, image)
-        _keep(f"{home}/{_key(request, image)}", plan, depends)
+        if not _of_a_moment(plan, request):
+            _keep(f"{home}/{_key(request, image)}", plan, depends)
     return plan
+
+
+def _of_a_moment(plan: Plan, request: Request) -> bool:
+    """Say whether a plan has gVisor's second choice of a platform, which may have been for the load of a moment."""
+    guest = plan["guest"]
+    return guest is not None and guest["platform"] == "ptrace" and not request.gvisor_platform
 
 
 def _image(request: Request, state: str) -> Image:

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from ringfence.runtime.base import Instance, Starting
 
 
-def start(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Starting:
+def start(
+    plan: Plan, instance: Instance, descriptors: tuple[int, ...], more: tuple[int, ...] = ()
+) -> Starting:
     """Start the bridge in a ring, and through it the VMM, whose guest's agent gets `descriptors` 3 and 4 by way of it.
 
+    `more` are what `instance.snapshot` needs behind the disks.
     Returns while both are still at work. Raises HostError, ImageError, MountError, SandboxError; then nothing runs.
     """
     machine = plan["machine"]
@@ -25,8 +28,8 @@ def start(plan: Plan, instance: Instance, descriptors: tuple[int, ...]) -> Start
         raise HostError("this plan has no machine", hint="make it again")
     mine = opened(machine["disks"], plan, instance)
     try:
-        theirs, more = bridge_descriptors(instance, descriptors, mine)
-        mine += more
+        theirs, opened_now = bridge_descriptors(instance, descriptors, [*mine, *more])
+        mine += opened_now
         return ring.start(plan, instance, theirs)
     finally:
         for descriptor in mine:

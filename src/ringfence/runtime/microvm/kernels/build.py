@@ -46,9 +46,12 @@ _TELL_LOG_LINES = 8
 
 
 class Source:
-    """Where a kernel's source comes from. `path` "" is a package that has to be fetched."""
+    """Where a kernel's source comes from. `path` "" is a package that has to be fetched.
 
-    __slots__ = ("label", "package", "path", "version")
+    `label` tells it from all others, `shown` is for people.
+    """
+
+    __slots__ = ("label", "package", "path", "shown", "version")
 
     def __init__(self, path: str, package: str, version: str) -> None:
         """Describe a tarball at `path`, of a Debian `package` in its `version`."""
@@ -56,6 +59,7 @@ class Source:
         self.package = package
         self.version = version
         self.label = f"{package} {version}"
+        self.shown = package if version.startswith("sha256:") else self.label
 
 
 def build(
@@ -209,13 +213,13 @@ class _Build:
     def _unpack(self, source: Source, log: "IO[bytes]") -> None:
         path = source.path
         if not path:
-            self._say(f"fetching {source.label}")
+            self._say(f"fetching {source.shown}")
             tree = debian.fetch(source.package, source.version, self._work, self._lock)
             names = [name for name in _listed(tree + _SOURCES) if _TARBALL.fullmatch(name)]
             if len(names) != 1:
                 raise HostError(f"the package {source.package} has no source of a kernel in it")
             path = os.path.join(tree + _SOURCES, names[0])
-        self._say(f"unpacking {source.label}")
+        self._say(f"unpacking {source.shown}")
         os.mkdir(self._tree, 0o700)
         owners = ["--no-same-owner", "--no-same-permissions"]
         less = ["--anchored", "--no-wildcards-match-slash", *(f"--exclude={one}" for one in _LEAVE_OUT)]
@@ -234,7 +238,7 @@ class _Build:
         if missed:
             more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
             raise HostError(
-                f"these options do not take effect in {source.label}: {', '.join(missed[:5])}{more}",
+                f"these options do not take effect in {source.shown}: {', '.join(missed[:5])}{more}",
                 hint="they need another one, or are called otherwise there; see Kconfig of that source",
             )
 
