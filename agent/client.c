@@ -179,6 +179,12 @@ static void watch_sources(struct client *client) {
     if (output->sources[i] != client->job.master) close(output->sources[i]);
     output->sources[i] = -1;
   }
+}
+
+static void watch_output(struct client *client) {
+  struct output *output = &client->job.output;
+  /* A terminal's output follows when the job has it open: until then a read ends with EIO in gVisor's kernel. */
+  if (!(client->job.flags & START_TTY)) watch_sources(client);
   if (output->held && !watch_once(client, output->log, ABOUT_LOG)) output->torn = true;
 }
 
@@ -212,7 +218,7 @@ static bool on_start(struct client *client) {
     return true;
   }
   sandbox.childless = false;
-  watch_sources(client);
+  watch_output(client);
   if (!(job->flags & START_HOLD)) start_clock(job);
   return true;
 }
@@ -394,6 +400,7 @@ static void note_prepared(struct client *client) {
   const uint32_t words[] = {(uint32_t)job->pid, job->gate->descriptors};
   answer(client, PREPARED, words, 2, job->flags & (START_DETACH | START_RELAY) ? -1 : job->master);
   if (job->relay.sock >= 0) start_relay(client);
+  else if (job->flags & START_TTY) watch_sources(client);
 }
 
 static void note_death(struct client *client, int wait_status) {

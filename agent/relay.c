@@ -2,9 +2,11 @@
 #include "relay.h"
 
 #include <errno.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <termios.h>
 #include <unistd.h>
 
 enum { PIECE_BYTES = 1 << 14 };
@@ -61,10 +63,46 @@ static bool hear_host(struct relay *relay) {
   return true;
 }
 
+/* gVisor's terminal makes a signal of a key also without ISIG, as in an editor. So while such a key is written, none
+   stands for a signal. */
+static const int signal_keys[] = {VINTR, VQUIT, VSUSP};
+enum { SIGNAL_KEYS = sizeof signal_keys / sizeof signal_keys[0] };
+
+static bool has_signal_key(const struct termios *settings, const uint8_t *bytes, size_t length) {
+  for (int i = 0; i < SIGNAL_KEYS; i++) {
+    cc_t key = settings->c_cc[signal_keys[i]];
+    if (key != _POSIX_VDISABLE && memchr(bytes, key, length)) return true;
+  }
+  return false;
+}
+
+/* Set the signal keys to those of `keys`, or to none, and leave everything else as the job has it by now. */
+static bool set_signal_keys(int master, const cc_t *keys) {
+  struct termios settings;
+  if (tcgetattr(master, &settings) != 0) return false;
+  for (int i = 0; i < SIGNAL_KEYS; i++) {
+    cc_t *key = &settings.c_cc[signal_keys[i]];
+    if (!keys) *key = _POSIX_VDISABLE;
+    else if (*key == _POSIX_VDISABLE) *key = keys[signal_keys[i]];
+  }
+  return tcsetattr(master, TCSANOW, &settings) == 0;
+}
+
+static ssize_t type(int master, const uint8_t *bytes, size_t length) {
+  struct termios settings;
+  bool muted = tcgetattr(master, &settings) == 0 && !(settings.c_lflag & ISIG) &&
+               has_signal_key(&settings, bytes, length) && set_signal_keys(master, NULL);
+  ssize_t count = write(master, bytes, length);
+  int error = errno;
+  if (muted) set_signal_keys(master, settings.c_cc);
+  errno = error;
+  return count;
+}
+
 static void tell_job(struct relay *relay, int master) {
   struct piece *piece = &relay->to_job;
   if (is_empty(piece)) return;
-  ssize_t count = write(master, piece->bytes + piece->begin, piece->end - piece->begin);
+  ssize_t count = type(master, piece->bytes + piece->begin, piece->end - piece->begin);
   if (count > 0) piece->begin += (size_t)count;
   else if (count < 0 && !retry()) piece->begin = piece->end; /* nobody has the terminal open: it goes nowhere */
 }
