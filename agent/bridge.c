@@ -19,6 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "dial.h"
 #include "flow.h"
 #include "ring.h"
 #include "signals.h"
@@ -49,15 +50,17 @@ struct peer {
   bool over;      /* FAILED or EXITED was heard */
 };
 
-enum about { ABOUT_SIGNALS, ABOUT_LINK, ABOUT_WORDS, ABOUT_LISTENER, ABOUT_HOST, ABOUT_FLOW };
-enum { MAX_WATCHED = 4 + LINK_CHANNELS * (1 + LINK_STREAMS) };
+enum about { ABOUT_SIGNALS, ABOUT_LINK, ABOUT_DIAL, ABOUT_WORDS, ABOUT_LISTENER, ABOUT_HOST, ABOUT_FLOW };
+enum { MAX_WATCHED = 5 + LINK_CHANNELS * (1 + LINK_STREAMS) };
 
 static struct {
   struct peer peers[LINK_CHANNELS]; /* the first is the launcher's */
   struct link_queue in;
   struct link_queue out;
   uint8_t *windows;
-  int link;
+  int link; /* -1: not there yet */
+  struct dial dial;
+  bool dialling; /* the link is still to be had by vsock */
   int listener;
   int signals;
   struct drain words;
@@ -286,10 +289,9 @@ static struct peer *find_free(void) {
   return NULL;
 }
 
-/* As the agent has it: nothing begins beside a main job that is not let go. */
+/* As the agent has it: nothing begins before the main job is let go, or beside its end. */
 static bool is_listening(int64_t now) {
-  if (bridge.phase != PHASE_OPEN || bridge.main_over || bridge.gone || !main_peer->ready) return false;
-  if (main_peer->started && !is_let_go(main_peer)) return false;
+  if (bridge.phase != PHASE_OPEN || bridge.main_over || bridge.gone || !is_let_go(main_peer)) return false;
   return now >= bridge.accept_after && !link_is_busy(&bridge.out) && find_free();
 }
 
@@ -495,6 +497,20 @@ static void flush(void) {
   bridge.out.begin = bridge.out.end = 0;
 }
 
+/* The link by vsock, at the time `now` of this turn: one that is later would let the next attempt slip by. */
+static void dial_link(int64_t now) {
+  if (!bridge.dialling || bridge.gone || bridge.over) return;
+  switch (dial_turn(&bridge.dial, now)) {
+    case DIAL_WAIT: return;
+    case DIAL_DONE: bridge.link = take(&bridge.dial.sock); break;
+    case DIAL_BAD:
+      say_word("the VMM's socket does not answer as vsock does\n");
+      end_now(EXIT_OWN_FAILURE);
+  }
+  bridge.dialling = false;
+  bridge.dial.again_at = INT64_MAX;
+}
+
 /* The end */
 
 /* All that the guest has of this job's output has come, or nobody wants it. */
@@ -545,12 +561,23 @@ static void see_to_end(int64_t now) {
   if (bridge.gone && (bridge.vmm == 0 || too_late) && all(is_written, now)) end_now(bridge.status);
 }
 
+/* A VMM says by its status why it gave up, when it had no time for words. */
+static void note_vmm(int status) {
+  bridge.vmm = 0;
+  if (status == 0 || bridge.main_over) return;
+  bool killed = WIFSIGNALED(status);
+  say_word(killed ? "the VMM was killed by signal " : "the VMM exited with status ");
+  say_number((uint32_t)(killed ? WTERMSIG(status) : WEXITSTATUS(status)));
+  say_word("\n");
+}
+
 static void reap_all(void) {
   bridge.reap_again = false;
   for (int reaped = 0; reaped < REAPED_A_TURN; reaped++) {
-    pid_t pid = waitpid(-1, NULL, WNOHANG);
-    if (pid == bridge.vmm && pid > 0) bridge.vmm = 0;
+    int status;
+    pid_t pid = waitpid(-1, &status, WNOHANG);
     if (pid <= 0) return;
+    if (pid == bridge.vmm) note_vmm(status);
   }
   bridge.reap_again = true;
 }
@@ -595,6 +622,7 @@ static void look_at_all(int64_t now) {
   look_at(bridge.signals, POLLIN, ABOUT_SIGNALS, main_peer, 0);
   bool writes = !bridge.deaf && bridge.out.begin < bridge.out.end;
   if (!bridge.gone) look_at(bridge.link, POLLIN | (writes ? POLLOUT : 0), ABOUT_LINK, main_peer, 0);
+  if (bridge.dialling) look_at(bridge.dial.sock, POLLIN, ABOUT_DIAL, main_peer, 0);
   look_at(bridge.words.from, POLLIN, ABOUT_WORDS, main_peer, 0);
   if (is_listening(now)) look_at(bridge.listener, POLLIN, ABOUT_LISTENER, main_peer, 0);
   for (const struct peer *peer = main_peer; peer < no_peer; peer++) look_at_peer(peer);
@@ -608,6 +636,7 @@ static void on_event(nfds_t at) {
     case ABOUT_LINK:
       if (found & ~POLLOUT) on_link();
       break;
+    case ABOUT_DIAL: break; /* the next turn begins with it */
     case ABOUT_WORDS: on_words(); break;
     case ABOUT_LISTENER: on_listener(); break;
     case ABOUT_HOST:
@@ -630,7 +659,7 @@ static void say_what_is_owed(void) {
 static int timeout_ms(int64_t now) {
   if (bridge.reap_again || (bridge.vmm == 0 && !bridge.gone)) return 0;
   const int64_t ticks[] = {bridge.end_by, bridge.vmm_by, bridge.hung_by, bridge.last_by, bridge.linger_by,
-                           bridge.accept_after};
+                           bridge.accept_after, bridge.dial.again_at};
   int64_t next = INT64_MAX;
   for (size_t i = 0; i < sizeof ticks / sizeof *ticks; i++) {
     if (ticks[i] > now && ticks[i] < next) next = ticks[i]; /* those that have passed were seen to */
@@ -643,6 +672,7 @@ static void turn(int most_ms) {
   if (bridge.reap_again) reap_all();
   if (bridge.vmm == 0 && !bridge.gone) on_link();
   int64_t now = now_ms();
+  dial_link(now);
   see_to_end(now);
   say_what_is_owed();
   flush();
@@ -700,7 +730,7 @@ static _Noreturn void become_vmm(char **argv, int link, int console, int extras)
   static char *const environment[] = {"PATH=/usr/bin:/bin", NULL};
   static const char words_of_ours[] = "the VMM cannot be executed\n";
   if (dup2(console, 1) != 1 || dup2(console, 2) != 2) _exit(EXIT_OWN_FAILURE);
-  if (fcntl(link, F_SETFD, 0) != 0 || fcntl(console, F_SETFD, 0) != 0) _exit(EXIT_OWN_FAILURE);
+  if ((link >= 0 && fcntl(link, F_SETFD, 0) != 0) || fcntl(console, F_SETFD, 0) != 0) _exit(EXIT_OWN_FAILURE);
   for (int i = 0; i < extras; i++) {
     if (fcntl(EXTRA + i, F_SETFD, 0) != 0) _exit(EXIT_OWN_FAILURE);
   }
@@ -711,16 +741,25 @@ static _Noreturn void become_vmm(char **argv, int link, int console, int extras)
   _exit(EXIT_OWN_FAILURE);
 }
 
-static bool start_vmm(char **argv, int extras) {
-  int ends[2];
-  int pipes[2];
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0 || pipe2(pipes, O_CLOEXEC) != 0) return false;
+/* Ours of the link, and the VMM's; with a path of a vsock's socket neither is there yet. */
+static bool make_link(int *theirs, const char *vsock) {
+  int ends[2] = {-1, -1};
+  bridge.dialling = vsock;
+  if (vsock && !dial_open(&bridge.dial, vsock)) return false;
+  if (!vsock && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return false;
   bridge.link = ends[0];
-  if (fcntl(bridge.link, F_SETFL, O_NONBLOCK) != 0) return false;
+  *theirs = ends[1];
+  return vsock || fcntl(bridge.link, F_SETFL, O_NONBLOCK) == 0;
+}
+
+static bool start_vmm(char **argv, int extras, const char *vsock) {
+  int link;
+  int pipes[2];
+  if (!make_link(&link, vsock) || pipe2(pipes, O_CLOEXEC) != 0) return false;
   if (!drain_open(&bridge.words, pipes[0], WORDS, MOST_WORDS_BYTES) || !give_up_privileges()) return false;
   bridge.vmm = fork();
-  if (bridge.vmm == 0) become_vmm(argv, ends[1], pipes[1], extras);
-  close(ends[1]);
+  if (bridge.vmm == 0) become_vmm(argv, link, pipes[1], extras);
+  if (link >= 0) close(link);
   close(pipes[1]);
   for (int i = 0; i < extras; i++) close(EXTRA + i);
   return bridge.vmm > 0;
@@ -747,6 +786,7 @@ static bool read_setup(const char *path) {
 /* Everything but descriptors of the ring. */
 static bool open_bridge(void) {
   bridge.end_by = bridge.vmm_by = bridge.hung_by = bridge.last_by = bridge.linger_by = INT64_MAX;
+  bridge.dial.again_at = INT64_MAX;
   for (struct peer *peer = main_peer; peer < no_peer; peer++) wire_open(&peer->wire, -1);
   size_t bytes = (size_t)WINDOWS * LINK_WINDOW_BYTES;
   void *windows = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -773,16 +813,23 @@ static _Noreturn void leave(void) {
   _exit(bridge.status);
 }
 
+/* "vsock:" and the path of a socket: the guest is waited for as with "1", but has to be reached first. */
+static const char *vsock_in(const char *word) {
+  static const char prefix[] = "vsock:";
+  return strncmp(word, prefix, sizeof prefix - 1) == 0 ? word + sizeof prefix - 1 : NULL;
+}
+
 int keep_bridge(char **argv) {
   uint64_t extras;
   for (int i = 0; i < 5; i++) {
     if (!argv[i]) return EXIT_OWN_FAILURE;
   }
-  bool waits = strcmp(argv[2], "1") == 0;
+  const char *vsock = vsock_in(argv[2]);
+  bool waits = vsock || strcmp(argv[2], "1") == 0;
   if (!waits && strcmp(argv[2], "0") != 0) return EXIT_OWN_FAILURE;
   if (!parse_bytes(argv[0], &bridge.log_bytes)) return EXIT_OWN_FAILURE;
   if (!parse_bytes(argv[3], &extras) || extras > MOST_EXTRAS) return EXIT_OWN_FAILURE;
-  if (!set_up((int)extras) || !read_setup(argv[1]) || !start_vmm(argv + 4, (int)extras)) return EXIT_OWN_FAILURE;
+  if (!set_up((int)extras) || !read_setup(argv[1]) || !start_vmm(argv + 4, (int)extras, vsock)) return EXIT_OWN_FAILURE;
   bridge.phase = PHASE_HELLO;
   if (!waits) send_setup();
   while (!bridge.over) turn(-1);

@@ -47,6 +47,9 @@ class Sandboxes:
         fields["filesystem.mounts"] = mounts
         if any(mount.get("mode") == "rw" for mount in mounts):
             more.setdefault("allow_unenforced", UNTHROTTLED)
+        if self.isolation == "gvisor" and str(fields.get("user")).startswith("0:"):
+            # What root of a gVisor sandbox writes to its /dev is bounded by memory alone.
+            more["allow_unenforced"] = (*more.get("allow_unenforced", ()), "limits.disk", "limits.inodes")  # type: ignore[misc]
         more.setdefault("isolation", self.isolation)
         # Openly: on a machine without working KVM the microVM is the same, and its boundary is not hardware.
         more.setdefault("allow_emulation", self.isolation == "microvm")

@@ -633,9 +633,10 @@ def test_nothing_is_accepted_beside_a_held_job(bridges: Bridges) -> None:
     """Until the main job is let go no connection is accepted; then it is."""
     bridge = bridges()
     bridge.ready()
+    early = bridge.connect()
+    assert not select.select([early.sock], [], [], 0.2)[0]
     bridge.start("sleep", "60", flags=HOLD)
     bridge.prepared()
-    early = bridge.connect()
     assert not select.select([early.sock], [], [], 0.2)[0]
     bridge.send(encode_go())
     early.ready()

@@ -101,3 +101,29 @@ def test_errno_of_a_profile(errno: int) -> None:
     wanted = moby(document(allow(["read"]), defaultErrnoRet=errno))
     assert decide(guest_seccomp(wanted), "write") == (ABSENT if errno == 38 else ("SCMP_ACT_ERRNO", errno))
     assert decide(wanted, "write") == ("SCMP_ACT_ERRNO", errno)  # the plan's own filter is not changed
+
+
+# What one comparison costs in the sentry's program, and how much it takes: see guest_seccomp.
+INSTRUCTIONS, MOST = 12, 4096
+
+
+@pytest.mark.parametrize("name", ["default", "strict"])
+def test_our_own_are_shortened_and_say_the_same(name: str) -> None:
+    """One rule denies what of a call is not allowed, and there is room for more rules in the sentry."""
+    wanted = own(name)
+    long, short = guest_seccomp(wanted), guest_seccomp(wanted, own=True)
+    for call in CALLS.split():
+        for args in ((0,) * 6, (NEW_USER,) + (0,) * 5, (VSOCK, 1, 0, 0, 0, 0), (0, TIOCSTI, 0, 0, 0, 0)):
+            before, after = first(long, call, args), first(short, call, args)
+            assert (after == "SCMP_ACT_ALLOW") is (before == "SCMP_ACT_ALLOW"), (call, args)
+    compared = sum(len(rule["args"]) * len(rule["names"]) for rule in short["syscalls"] if rule.get("args"))
+    assert compared * INSTRUCTIONS < MOST * 0.8
+
+
+@pytest.mark.parametrize("wanted", [own("default"), own("strict"), moby(docker_default())])
+def test_the_sentry_signals_the_agent_for_nobody(wanted: LinuxSeccomp) -> None:
+    """A descriptor must not choose the signal that its owner gets, nor a child be the agent's with a signal of choice."""
+    made = guest_seccomp(wanted)
+    assert first(made, "fcntl", (3, 10, 9, 0, 0, 0)) == "SCMP_ACT_ERRNO"  # F_SETSIG
+    assert first(made, "fcntl", (3, 2, 1, 0, 0, 0)) == decide(wanted, "fcntl")[0]  # F_SETFD
+    assert first(made, "clone", (0x8000 | 17, 0, 0, 0, 0, 0)) == "SCMP_ACT_ERRNO"  # CLONE_PARENT

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from plan_inputs import BASE, MOUNTS, ROOT_V1, ROOT_V1_GVISOR, USER_V2_GVISOR, policy
 
-from ringfence.errors import HostError, MountError
+from ringfence.errors import HostError, MountError, NotEnforceable
 from ringfence.host import gvisor as probe
 from ringfence.host.facts import GvisorFacts, Host
 from ringfence.host.sources import Source
@@ -22,8 +22,14 @@ def with_facts(**facts: object) -> Host:
     return msgspec.structs.replace(ROOT_V1_GVISOR, gvisor=GvisorFacts(**facts))  # type: ignore[arg-type]
 
 
-def plan(host: Host = ROOT_V1_GVISOR, platform: str = "", **overrides: object) -> Plan:
-    return make_plan(policy("untrusted", isolation="gvisor", **overrides), BASE, host, platform=platform)
+def plan(
+    host: Host = ROOT_V1_GVISOR,
+    platform: str = "",
+    allow_unenforced: frozenset[str] = frozenset(),
+    **overrides: object,
+) -> Plan:
+    asked = policy("untrusted", isolation="gvisor", **overrides)
+    return make_plan(asked, BASE, host, platform=platform, allow_unenforced=allow_unenforced)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,13 @@ def test_capabilities_are_for_root_alone() -> None:
     """gVisor has no ambient capabilities: another user would lose them with the first program."""
     with pytest.raises(HostError, match="user 0 alone"):
         plan(capabilities=["CAP_CHOWN"])
-    made = plan(user="0:0", capabilities=["CAP_CHOWN"])
+    with pytest.raises(NotEnforceable, match="root of the sandbox can write to gVisor's /dev"):
+        plan(user="0:0", capabilities=["CAP_CHOWN"])
+    made = plan(
+        user="0:0",
+        capabilities=["CAP_CHOWN"],
+        allow_unenforced=frozenset({"limits.disk", "limits.inodes"}),
+    )
     assert made["guest"] is not None
     assert made["guest"]["oci"]["process"]["capabilities"]["bounding"] == ["CAP_CHOWN"]
 

@@ -212,7 +212,7 @@ def guest(
     }
 
 
-def guest_seccomp(wanted: LinuxSeccomp, *, own: bool) -> LinuxSeccomp:
+def guest_seccomp(wanted: LinuxSeccomp, *, own: bool = False) -> LinuxSeccomp:
     """Return the filter `wanted` in the words that gVisor's kernel has for it, which are fewer; it allows no more.
 
     Tracing other processes is denied in any case: the sentry asks the filter before a tracer may change the call, and

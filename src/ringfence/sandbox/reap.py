@@ -74,7 +74,15 @@ def collect(layout: Layout | None) -> Collected:
         _collect_groups(layout, found)
     found.removed += [f"id range {base}" for base in (*swept.ranges, *_give_back_ranges())]
     found.removed += [f"log {sandbox}" for sandbox in store.remove_stray_logs()]
+    found.removed += _collect_snapshots()
     return found
+
+
+def _collect_snapshots() -> list[str]:
+    from ringfence.linux.paths import state_dir
+    from ringfence.runtime.microvm.saving import collect as collect_snapshots
+
+    return collect_snapshots(state_dir())
 
 
 def _collect_groups(layout: Layout, found: Collected) -> None:

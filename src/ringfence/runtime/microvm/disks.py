@@ -59,7 +59,8 @@ def _copied(disk: Disk, plan: Plan, instance: Instance) -> int:
         made,
         disk["source"],
     ]
-    command += [str(plan["user"]["uid"]), str(plan["user"]["gid"])]
+    if disk["target"] != "/":
+        command += [str(plan["user"]["uid"]), str(plan["user"]["gid"])]
     try:
         done = subprocess.run(
             command,
