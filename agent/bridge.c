@@ -566,6 +566,7 @@ static void note_vmm(int status) {
   bridge.vmm = 0;
   if (status == 0 || bridge.main_over) return;
   bool killed = WIFSIGNALED(status);
+  drain_last(&bridge.words); /* its own come first */
   say_word(killed ? "the VMM was killed by signal " : "the VMM exited with status ");
   say_number((uint32_t)(killed ? WTERMSIG(status) : WEXITSTATUS(status)));
   say_word("\n");

@@ -1,8 +1,8 @@
 /* Source: https://github.com/firecracker-microvm/firecracker/blob/main/docs/vsock.md, "Host-Initiated Connections".
 
    The socket is there once the VMM has made its devices. It takes connections then, but the guest refuses them until
-   its init listens, and the VMM closes them: that is no failure, and is tried again until the guest is there. Who is not
-   there in the end is the launcher's business, whose clock does not stop. */
+   its init listens, and the VMM closes them: that is no failure, and is tried again until the guest is there. A guest
+   that never comes is the launcher's business, whose clock does not stop. */
 #define _GNU_SOURCE
 #include "dial.h"
 

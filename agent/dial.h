@@ -22,8 +22,8 @@ enum dialled { DIAL_WAIT, DIAL_DONE, DIAL_BAD };
 /* False: no path of a socket. It must stay where it is. */
 bool dial_open(struct dial *dial, const char *path);
 
-/* Go on as far as one can without waiting. DIAL_WAIT: when `sock` can be read, or at `again_at`. DIAL_DONE: `sock` is the
-   guest's from here on, the caller's to take. DIAL_BAD: this is no vsock. */
+/* Go on as far as one can without waiting. DIAL_WAIT: come again when `sock` can be read, or at `again_at`. DIAL_DONE:
+   `sock` is the guest's from here on, the caller's to take. DIAL_BAD: this is no vsock. */
 enum dialled dial_turn(struct dial *dial, int64_t now);
 
 #endif

@@ -21,7 +21,7 @@ from ringfence.host.detect import detect
 from ringfence.image import store
 from ringfence.image.bootstrap import bootstrap
 from ringfence.image.sources import host_suite
-from ringfence.runtime.microvm.initrd import initrd
+from ringfence.runtime.initrd import initrd
 from ringfence.runtime.microvm.kernels import bzimage
 from ringfence.runtime.microvm.kernels.clock import tsc_khz
 from ringfence.runtime.microvm.kernels.modules import Tree
@@ -192,7 +192,7 @@ def pytest_words(arguments: Sequence[str]) -> str:
 mkdir -p {root}
 mount --bind /.source {root}
 cd {root}
-export PYTHONDONTWRITEBYTECODE=1 RINGFENCE_TEST_SLOW={SLOW}
+export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis RINGFENCE_TEST_SLOW={SLOW}
 exec .venv/bin/python -m pytest {shlex.join(words)} 2>&1
 """
 

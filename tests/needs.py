@@ -60,6 +60,25 @@ def _controller(name: str) -> Callable[[], str]:
     return probe
 
 
+def _group(name: str) -> Callable[[], str]:
+    """A controller by its name in cgroup v2, in whichever layout this host has."""
+
+    def probe() -> str:
+        facts = cgroup_facts()
+        if facts.version == "v2":
+            there = name == "devices" or name in facts.controllers  # a BPF program, not a controller, in v2
+        else:
+            there = {"io": "blkio"}.get(name, name) in facts.mounts
+        return "" if there else f"no controller {name} in cgroup {facts.version}"
+
+    return probe
+
+
+def _unified() -> str:
+    version = cgroup_facts().version
+    return "" if version == "v2" else f"cgroup {version} here; make test-cgroup2 has a machine with v2"
+
+
 def _compiler() -> str:
     return "" if any(shutil.which(name) for name in COMPILERS) else "no C compiler"
 
@@ -104,6 +123,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "image:base": _base,
     "two-cpus": _two_cpus,
     "x86_64": lambda: "" if platform.machine() == "x86_64" else f"this is {platform.machine()}",
+    "cgroup2": _unified,
+    **{f"cgroup:{name}": _group(name) for name in ("memory", "pids", "cpu", "cpuset", "io", "devices")},
     **{
         f"cgroup1:{name}": _controller(name)
         for name in ("memory", "pids", "cpu", "cpuset", "blkio", "devices")

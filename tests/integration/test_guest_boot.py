@@ -21,7 +21,7 @@ import agents
 from ringfence.errors import HostError
 from ringfence.image import disks, store
 from ringfence.linux.paths import state_dir
-from ringfence.runtime.microvm.initrd import initrd
+from ringfence.runtime.initrd import initrd
 from ringfence.runtime.microvm.kernel import find_kernel
 from ringfence.sandbox import protocol
 

@@ -296,12 +296,12 @@ def change_config(weakening: Weakening, monkeypatch: pytest.MonkeyPatch) -> None
     """Change a config.json when it is written."""
     real = runtime_bundle._write
 
-    def write(path: str, oci: Any, mode: int) -> None:
+    def write(path: str, content: bytes, mode: int) -> None:
         change = weakening.inner if path.endswith("/bundle/config.json") else weakening.outer
-        oci = json.loads(json.dumps(oci))
+        oci: Any = json.loads(content)
         if change is not None:
             change(oci)
-        real(path, oci, mode)
+        real(path, json.dumps(oci).encode(), mode)
 
     monkeypatch.setattr(runtime_bundle, "_write", write)
 
@@ -334,9 +334,8 @@ def test_processes_of_another_sandbox_prove_nothing(plan: Plan, shared: Path) ->
         for other in started(plan):
             guest = other.guest
             assert guest is not None
-            parts = {"sentry_pid": guest.sentry_pid, "gofer_pid": guest.gofer_pid, "door_pid": guest.door_pid}
             subject = launch_subject(other, running)
-            stolen = Guest(report=guest.report, **parts)
+            stolen = Guest(report=guest.report, parts=guest.parts)
             proof = prove(plan, running.instance, subject, reported_descriptors=3, guest=stolen)
             failed = {line["control"] for line in proof["lines"] if line["ok"] is False}
     finally:

@@ -17,7 +17,7 @@ import pytest
 from commands import RINGFENCE, refused, ringfence
 from needs import COMPILERS
 from ringfence.linux.paths import state_dir
-from ringfence.runtime.microvm.initrd import initrd
+from ringfence.runtime.initrd import initrd
 from ringfence.runtime.microvm.kernel import kernel_name
 from ringfence.runtime.microvm.kernels.store import Kernel, kernels
 

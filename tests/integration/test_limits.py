@@ -39,7 +39,7 @@ def counted(result: ringfence.Result) -> dict[str, Plain]:
     return answer
 
 
-@pytest.mark.requires("cgroup1:memory")
+@pytest.mark.requires("cgroup:memory")
 def test_memory(sandboxes: Sandboxes) -> None:
     """A job that takes more is killed: 137, said to be memory, and the peak stays within the limit."""
     hog = "data = []\nwhile True: data.append(bytearray(1 << 20))"
@@ -49,7 +49,7 @@ def test_memory(sandboxes: Sandboxes) -> None:
     assert result.usage.memory_peak_bytes <= 48 * MIB
 
 
-@pytest.mark.requires("cgroup1:memory")
+@pytest.mark.requires("cgroup:memory")
 def test_memory_of_files(sandboxes: Sandboxes) -> None:
     """Files in /tmp, /work and /dev/shm are memory of the job: together they cannot exceed the limit."""
     fill = FILL + "for name in ('tmp', 'work', 'dev/shm'): fill(f'/{name}/x')"
@@ -63,7 +63,7 @@ def test_memory_of_files(sandboxes: Sandboxes) -> None:
     assert (result.exit_status, result.oom_killed) == (137, True)
 
 
-@pytest.mark.requires("cgroup1:memory")
+@pytest.mark.requires("cgroup:memory")
 def test_child_that_is_out_of_memory(sandboxes: Sandboxes) -> None:
     """When only a child dies of it, the job's own status counts, and the result still says so."""
     code = "python3 -c 'x = bytearray(1 << 28)'; echo status $?"
@@ -71,7 +71,7 @@ def test_child_that_is_out_of_memory(sandboxes: Sandboxes) -> None:
     assert (result.exit_status, result.stdout, result.oom_killed) == (0, b"status 137\n", True)
 
 
-@pytest.mark.requires("cgroup1:memory")
+@pytest.mark.requires("cgroup:memory")
 def test_memory_too_small_to_start(sandboxes: Sandboxes) -> None:
     """A limit that not even the start fits in is an error that says so, or the end of the job; nothing hangs."""
     try:
@@ -82,14 +82,14 @@ def test_memory_too_small_to_start(sandboxes: Sandboxes) -> None:
         assert (result.exit_status, result.oom_killed) == (137, True)
 
 
-@pytest.mark.requires("cgroup1:pids")
+@pytest.mark.requires("cgroup:pids")
 def test_fork_bomb(sandboxes: Sandboxes) -> None:
     """Exactly `limits.pids` processes of the job live at the same time, however they fork."""
     result = sandboxes.run(["/probe/consume", "processes"], {"limits.pids": 20, "limits.threads": 20})
     assert counted(result)["count"] == 20
 
 
-@pytest.mark.requires("cgroup1:pids")
+@pytest.mark.requires("cgroup:pids")
 def test_thread_bomb(sandboxes: Sandboxes) -> None:
     """Threads count as processes do, in both limits; the smaller one is reached exactly."""
     by_group = sandboxes.run(["/probe/consume", "threads"], {"limits.pids": 24, "limits.threads": 24})
@@ -108,7 +108,7 @@ def test_fork_bomb_that_never_ends(sandboxes: Sandboxes) -> None:
     assert result.usage.wall_s < 10
 
 
-@pytest.mark.requires("cgroup1:cpu")
+@pytest.mark.requires("cgroup:cpu")
 def test_cpu_quota(sandboxes: Sandboxes) -> None:
     """Two spinning processes get half a CPU of time together when the policy says 0.5."""
     code = f"import os\nos.fork()\n{SPIN}"
@@ -119,7 +119,7 @@ def test_cpu_quota(sandboxes: Sandboxes) -> None:
     assert 0.15 < result.usage.cpu_s / result.usage.wall_s < 0.65
 
 
-@pytest.mark.requires("cgroup1:cpuset", "two-cpus")
+@pytest.mark.requires("cgroup:cpuset", "two-cpus")
 def test_cpuset(sandboxes: Sandboxes) -> None:
     """The job may run on the CPUs of the list alone, and cannot widen that."""
     code = """
@@ -229,7 +229,7 @@ def read(path, piece, pieces):
 """
 
 
-@pytest.mark.requires("cgroup1:blkio")
+@pytest.mark.requires("cgroup:io")
 def test_disk_reads_are_throttled(sandboxes: Sandboxes, on_disk: Path, shared: Path) -> None:
     """Bytes and operations per second from the disk stay at the policy's rates."""
     (shared / "data").write_bytes(os.urandom(MIB) * 8)
@@ -254,7 +254,7 @@ else: print(float(result.stdout))
 """
 
 
-@pytest.mark.requires("cgroup1:blkio")
+@pytest.mark.requires("cgroup:io")
 @pytest.mark.skipif(
     not (shutil.which("mkfs.ext4") and os.path.exists("/dev/loop-control")), reason="no loop devices"
 )

@@ -37,7 +37,7 @@ TIER = ("--isolation", "microvm", "--allow-emulation")
 @pytest.fixture(scope="module")
 def first(machines: Sandboxes, filled: Path) -> ringfence.Result:
     """One run with a mount, whose job looks at all there is to see."""
-    code = f"import json\ndef out(value): print(json.dumps(value))\n{WORDS}{LOOK}{LOOK_AT_MOUNT}"
+    code = f"import json, os, sys\ndef out(value): print(json.dumps(value))\n{WORDS}{LOOK}{LOOK_AT_MOUNT}"
     os.environ["RINGFENCE_TEST_SECRET"] = "not for jobs"
     try:
         overrides = {

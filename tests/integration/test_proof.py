@@ -27,7 +27,7 @@ from ringfence.sandbox import launch
 from ringfence.sandbox.prepare import Request, plan_for
 from ringfence.sandbox.run import Pipes, start_job
 
-pytestmark = pytest.mark.requires("root", "compiler", "cgroup1:memory", "cgroup1:pids", "cgroup1:blkio")
+pytestmark = pytest.mark.requires("root", "compiler", "cgroup:memory", "cgroup:pids", "cgroup:io")
 
 MS_BIND = 4096  # linux/mount.h
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.runtime.microvm.initrd import initrd
+from ringfence.runtime.initrd import initrd
 
 MODULES = [("b.ko", b"second\n"), ("a-1_x.ko", b"x" * 5)]
 

@@ -274,16 +274,13 @@ def _denied(name: str, *arguments: Arg) -> Rule:
 
 
 def _not_to_the_agent() -> list[Rule]:
-    return [
-        {
-            "names": names.split(),
-            "action": ERRNO,
-            "errnoRet": EPERM,
-            "args": [fits(place, (WHOLE_INT, 1)), fits(place + 1, (WHOLE_INT, signal))],
-        }
-        for names, place in (("kill tkill rt_sigqueueinfo", 0), ("tgkill rt_tgsigqueueinfo", 1))
+    """Deny the two signals of kill(2), and all signals of its kin, which nobody sends to process 1."""
+    kill = [
+        _denied("kill", fits(0, (WHOLE_INT, 1)), fits(1, (WHOLE_INT, signal)))
         for signal in (_SIGKILL, _SIGSTOP)
     ]
+    kin = [("tkill", 0), ("rt_sigqueueinfo", 0), ("tgkill", 1), ("rt_tgsigqueueinfo", 1)]
+    return [*kill, *(_denied(name, fits(place, (WHOLE_INT, 1))) for name, place in kin)]
 
 
 def _without_tracing(rule: Rule) -> Rule:
@@ -426,6 +423,11 @@ def ring_limits(limits: Limits) -> Limits:
     return msgspec.structs.replace(limits, pids=2 * limits.pids + RING_PROCESSES - AGENT_PROCESSES)
 
 
+def _ring_skip(host: Host, skip: frozenset[str]) -> frozenset[str]:
+    """Return what the ring goes without: `skip`, but never the count of processes where a cgroup can keep it."""
+    return skip - {"limits.pids"} if host.cgroup.writable and host.cgroup.version != "none" else skip
+
+
 def ring(
     policy: Policy,
     host: Host,
@@ -447,7 +449,7 @@ def ring(
     devices = ("c 10:232 rw",) if platform == "kvm" else ()
     # The host's own bound stays, also where nothing bounds the job's processes inside.
     limited = resources(
-        ring_limits(policy.limits), host, disks=disks, skip=skip - {"limits.pids"}, devices=devices
+        ring_limits(policy.limits), host, disks=disks, skip=_ring_skip(host, skip), devices=devices
     )
     # Set at the gate as well: until then gVisor alone is at work, and half a machine would make it twice as slow.
     limited["cpu"].pop("quota", None)
@@ -578,7 +580,7 @@ def controls(
     rows += _part_rows(host, range_size)
     found: list[Control] = [{"name": name, "field": field, "asked": asked} for name, field, asked in rows]
     if limited:
-        groups = cgroup_controls(ring_limits(policy.limits), host, disks=disks, skip=skip - {"limits.pids"})
+        groups = cgroup_controls(ring_limits(policy.limits), host, disks=disks, skip=_ring_skip(host, skip))
         for control in groups:
             if control["name"] == "cgroup.membership":
                 found += [

@@ -35,12 +35,14 @@ def make_plan(
     runtime: str | None = None,
     platform: str = "",
     emulation: bool = False,
+    vmm: str = "",
     allow_unenforced: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decide everything, or refuse.
 
     `runtime` is "crun", "runc" or None for the first that works here; `platform` is gVisor's, "" for the best;
-    `emulation` lets a microVM do without KVM; `allow_unenforced` are dotted policy fields that may go unenforced.
+    `emulation` lets a microVM do without KVM, `vmm` is what makes it, "qemu" ("") or "firecracker";
+    `allow_unenforced` are dotted policy fields that may go unenforced.
     Raises NotEnforceable, HostError, PolicyError, MountError.
     """
     tier = choose_tier(policy)
@@ -53,8 +55,10 @@ def make_plan(
             f"the {tier} tier has no platform {platform!r}", hint="--gvisor-platform goes with -i gvisor"
         )
     if tier == "microvm":
-        accelerator = microvm.choose_accelerator(host, emulation=emulation)
+        accelerator = microvm.choose_accelerator(host, emulation=emulation, vmm=vmm)
         microvm.check(policy, workload)
+    elif vmm:
+        raise HostError(f"the {tier} tier has no VMM {vmm!r}", hint="--vmm goes with -i microvm")
     unenforced = _refuse(policy, workload, tier, host, allow_unenforced)
     skip = frozenset(cell.field for cell in unenforced)
     program_name, program = _runtime(host, runtime)
@@ -92,6 +96,7 @@ def make_plan(
             limited=limited,
             skip=skip,
             platform=accelerator if tier == "microvm" else platform,
+            vmm=vmm,
         )
     )
     plan: Plan = {
@@ -148,6 +153,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
     limited: bool
     skip: frozenset[str]
     platform: str
+    vmm: str
 
 
 class _Parts(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,6 +237,7 @@ def _microvm(given: _Given) -> _Parts:
         seccomp=given.seccomp,
         ops=given.ops,
         skip=skip,
+        vmm=given.vmm,
     )
     oci = microvm.ring(
         policy,
@@ -251,7 +258,7 @@ def _microvm(given: _Given) -> _Parts:
         limited=given.limited,
         skip=skip,
     )
-    return _Parts(ops=microvm.ring_stage(host, made), oci=oci, machine=made, controls=controls, samples=[])
+    return _Parts(ops=microvm.ring_stage(host, made, policy.limits), oci=oci, machine=made, controls=controls, samples=[])
 
 
 def plan_digest(plan: Plan) -> str:

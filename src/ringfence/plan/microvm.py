@@ -14,6 +14,7 @@ from ringfence.errors import HostError, MountError
 from ringfence.host.facts import Host
 from ringfence.linux.capabilities import mask
 from ringfence.linux.filters import compile_filter
+from ringfence.plan import firecracker
 from ringfence.plan.config import BY_RUN, MASKED, MASKED_SYS, NAMESPACES, READ_ONLY
 from ringfence.plan.document import Control, Disk, Machine, Op, Value
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
@@ -36,6 +37,7 @@ _TRANSLATED_MIB = 64
 _LEAST_CPUS = 0.05
 # Threads: one for each CPU, those that wait for the disk, and the main loop.
 _VMM_PROCESSES = 160
+_CHANNELS = ("console", "serial link")
 _RING_FILES = 512
 _DISK_NAMES = "abcdefghijklmnopqrstuvwxyz"
 _RLIMITS = {
@@ -54,11 +56,14 @@ _RLIMIT_FIELDS = {
 }
 
 
-def choose_accelerator(host: Host, *, emulation: bool) -> str:
-    """Return "kvm", or "tcg" where KVM does not work and `emulation` was allowed.
+def choose_accelerator(host: Host, *, emulation: bool, vmm: str = "") -> str:
+    """Return "kvm", or "tcg" where KVM does not work and `emulation` was allowed; `vmm` "" is QEMU.
 
-    Raises HostError without QEMU, and without KVM: emulation is no hardware boundary, so nobody gets it unasked.
+    Raises HostError without the VMM, and without KVM: emulation is no hardware boundary, so nobody gets it unasked.
     """
+    if vmm == firecracker.NAME:
+        firecracker.check_host(host, emulation=emulation)
+        return "kvm"
     facts = host.vmm
     if QEMU not in host.runtimes or facts is None:
         raise HostError(
@@ -130,6 +135,7 @@ def machine(
     seccomp: LinuxSeccomp,
     ops: list[Op],
     skip: frozenset[str],
+    vmm: str = "",
 ) -> Machine:
     """Return the machine and what is set up in it. Raises HostError without a kernel, PolicyError for a filter."""
     kernel = workload.kernel
@@ -140,11 +146,18 @@ def machine(
     memory = guest_memory_bytes(policy.limits)
     cpus = max(1, min(host.cpu_count, math.ceil(policy.limits.cpus or 1)))
     disks = _disks(workload)
-    line = f"reboot=t panic=-1 quiet console=hvc0 {kernel.cmdline}".strip()
+    if vmm == firecracker.NAME:
+        cpus = min(cpus, firecracker.MOST_CPUS)
+        line, channels = firecracker.boot_args(kernel.cmdline), firecracker.CHANNELS
+        argv = firecracker.command(program)
+    else:
+        line, channels = f"reboot=t panic=-1 quiet console=hvc0 {kernel.cmdline}".strip(), _CHANNELS
+        argv = _qemu(program, accelerator, memory, cpus, acpi=kernel.acpi, line=line, disks=len(disks))
+    runtime = host.runtimes[vmm if vmm == firecracker.NAME else QEMU]
     return {
-        "vmm": "qemu",
-        "program": host.runtimes[QEMU].path,
-        "version": host.runtimes[QEMU].version_text,
+        "vmm": vmm or "qemu",
+        "program": runtime.path,
+        "version": runtime.version_text,
         "accelerator": accelerator,
         "memory_bytes": memory,
         "cpus": cpus,
@@ -154,8 +167,8 @@ def machine(
         "modules": list(kernel.modules),
         "command_line": line,
         "disks": disks,
-        "argv": _qemu(program, accelerator, memory, cpus, acpi=kernel.acpi, line=line, disks=len(disks)),
-        "devices": ["console", "serial link", "rng", *(f"disk {disk['device']}" for disk in disks)],
+        "argv": argv,
+        "devices": [*channels, "rng", *(f"disk {disk['device']}" for disk in disks)],
         "setup": _setup(policy, user=user, seccomp=seccomp, ops=ops, disks=disks, skip=skip),
     }
 
@@ -305,8 +318,8 @@ def _mounted(disks: list[Disk], limits: Limits) -> list[str]:
     return found
 
 
-def ring_stage(host: Host, made: Machine) -> list[Op]:
-    """Return what the ring is made of: the bridge, QEMU's own files, the kernel."""
+def ring_stage(host: Host, made: Machine, limits: Limits) -> list[Op]:
+    """Return what the ring is made of: the bridge, the VMM's own files, the kernel; `limits` are the policy's."""
     assert host.vmm is not None  # noqa: S101 - choose_accelerator has seen to it
     ops: list[Op] = []
     if host.cgroup.hybrid_v2_mount and not host.rootless:
@@ -323,6 +336,8 @@ def ring_stage(host: Host, made: Machine) -> list[Op]:
         ops += _shown(source, path.removeprefix("/"))
     ops += _shown(made["kernel_path"], "kernel")
     ops.append({"op": "initrd", "at": "initrd", "modules": made["modules"]})
+    if made["vmm"] == firecracker.NAME:
+        ops += firecracker.ring_stage(made, limits.io)
     return ops
 
 

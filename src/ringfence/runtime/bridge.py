@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 SETUP = "/setup"
 # The first of the descriptors that are the VMM's.
 FIRST_DISK = 8
-# How a machine comes up: it boots; or it boots to be saved, its link and its monitor being the descriptors behind the
-# disks, so that the bridge has no word for it; or it is restored from the descriptor behind the disks.
+# How a machine comes up: it boots; or it boots to be saved, with its monitor at the descriptor behind the disks, and with
+# nobody at the other end of its link; or it is restored from the descriptor behind the disks.
 BOOT, SAVE, LOAD = "", "save", "load"
+# The link's device in the VMM's command line, and the name of one without the bridge behind it.
+_LINKED, LINK = "virtserialport,chardev=link", "link"
 
 
 def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
@@ -26,32 +28,30 @@ def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
     log_bytes = 0
     if instance.detached:
         log_bytes = NO_LIMIT if limit is None else limit + END_BYTES
-    numbers = {f"@DISK{place}@": str(FIRST_DISK + place) for place in range(len(machine["disks"]))}
-    behind = FIRST_DISK + len(numbers)
-    count = len(numbers)
+    filled = {f"@DISK{place}@": str(FIRST_DISK + place) for place in range(len(machine["disks"]))}
+    behind = FIRST_DISK + len(filled)
     more: tuple[str, ...] = ()
     if instance.snapshot == SAVE:
-        numbers["@LINK@"] = str(behind)
-        count += 2
-        more = ("-chardev", f"socket,id=monitor,fd={behind + 1}", "-mon", "chardev=monitor,mode=control")
+        filled[_LINKED] = f"virtserialport,id={LINK}"
+        monitor = ("-chardev", f"socket,id=monitor,fd={behind}", "-mon", "chardev=monitor,mode=control")
+        more = (*monitor, "-S")
     elif instance.snapshot == LOAD:
-        count += 1
         more = ("-incoming", f"fd:{behind}")
     return [
         plan["oci"]["process"]["args"][0],
         "--bridge",
         str(log_bytes),
         SETUP,
-        "0" if instance.snapshot == LOAD else "1",
-        str(count),
-        *(_filled(word, numbers) for word in machine["argv"]),
+        "1",
+        str(len(machine["disks"]) + bool(instance.snapshot)),
+        *(_filled(word, filled) for word in machine["argv"]),
         *more,
     ]
 
 
-def _filled(word: str, numbers: dict[str, str]) -> str:
-    for name, number in numbers.items():
-        word = word.replace(name, number)
+def _filled(word: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(name, value)
     return word
 
 

@@ -128,7 +128,7 @@ class Stager:
             os.close(made)
 
     def _initrd(self, at: str, modules: list[str]) -> None:
-        from ringfence.runtime.microvm.initrd import initrd
+        from ringfence.runtime.initrd import initrd
 
         parts = [(os.path.basename(path), _read(path, _MOST_MODULE_BYTES)) for path in modules]
         self._file(at, initrd(_read(self.agent, _MOST_BYTES), parts), 0o444)

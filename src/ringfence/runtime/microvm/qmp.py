@@ -1,4 +1,4 @@
-"""Speak with a QEMU over its monitor: as much of QMP as it takes to save a machine.
+"""Speak with a QEMU over its monitor: as much of QMP as it takes to boot a machine and to save it.
 
 QEMU may be in the hands of whoever broke out of the guest: what it says is bounded, and believed only as far as that it
 has, or has not, done what it was told.
@@ -18,42 +18,48 @@ _ENDED = ("completed", "failed", "cancelled")
 
 
 class Monitor:
-    """One end of a socket with QEMU's monitor behind it."""
+    """One end of a socket with the monitor of a QEMU behind it, which was told not to start its machine yet."""
 
     def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
         """Greet it; `wait` returns when the socket can be read, or raises. Raises SandboxError for no answer."""
         self._sock = sock
         self._wait = wait
         self._data = bytearray()
+        self._opened: set[str] = set()
+        self._migration = ""
         if "QMP" not in self._message():
             raise SandboxError("QEMU's monitor does not greet")
-        self.command("qmp_capabilities")
+        self._command("qmp_capabilities")
+
+    def boot(self, port: str) -> None:
+        """Start the machine, and return when its guest has opened the virtio port of the device called `port`.
+
+        Raises SandboxError.
+        """
+        self._command("cont")
+        self._listen_until(lambda: port in self._opened)
 
     def save(self, descriptor: int) -> None:
         """Write the machine as it is into `descriptor`, and wait until all is written. Raises SandboxError.
 
-        The machine runs on. One that is restored runs at once, too, because it was not stopped before.
+        It is not stopped for that: so one that is restored runs at once, too.
         """
-        self.command("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
-        bandwidth: dict[str, object] = {"max-bandwidth": _MOST_BANDWIDTH}
-        self.command("migrate-set-parameters", bandwidth)
-        self.command("getfd", {"fdname": "state"}, (descriptor,))
-        self.command("migrate", {"uri": "fd:state"})
-        for _ in range(_MOST_EVENTS):
-            status = _migration(self._message())
-            if status in _ENDED:
-                break
-        if status != "completed":
-            raise SandboxError(f"QEMU cannot save the machine: {status}")
+        self._command("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+        self._command("migrate-set-parameters", {"max-bandwidth": _MOST_BANDWIDTH})
+        self._command("getfd", {"fdname": "state"}, (descriptor,))
+        self._command("migrate", {"uri": "fd:state"})
+        self._listen_until(lambda: self._migration in _ENDED)
+        if self._migration != "completed":
+            raise SandboxError(f"QEMU cannot save the machine: {self._migration}")
 
     def quit(self) -> None:
         """End QEMU. Raises SandboxError."""
-        self.command("quit")
+        self._command("quit")
 
-    def command(
+    def _command(
         self, name: str, arguments: dict[str, object] | None = None, descriptors: Sequence[int] = ()
-    ) -> object:
-        """Have a command carried out and return what it returns; `descriptors` go with it. Raises SandboxError."""
+    ) -> None:
+        """Have a command carried out; `descriptors` go with it. Raises SandboxError."""
         line = json.dumps({"execute": name, "arguments": arguments or {}}).encode() + b"\n"
         try:
             if descriptors:
@@ -64,11 +70,18 @@ class Monitor:
             raise SandboxError(f"QEMU's monitor is gone: {error.strerror}") from error
         for _ in range(_MOST_EVENTS):
             answer = self._message()
-            if "return" in answer:
-                return answer["return"]
             if "error" in answer:
                 raise SandboxError(f"QEMU refuses {name}: {str(answer['error'])[:200]}")
+            if "return" in answer:
+                return
         raise SandboxError(f"QEMU does not answer {name}")
+
+    def _listen_until(self, happened: Callable[[], bool]) -> None:
+        for _ in range(_MOST_EVENTS):
+            if happened():
+                return
+            self._message()
+        raise SandboxError("QEMU's monitor tells of everything but what it was asked for")
 
     def _message(self) -> dict[str, object]:
         while b"\n" not in self._data:
@@ -77,7 +90,7 @@ class Monitor:
             self._wait(self._sock)
             piece = self._sock.recv(_MOST_LINE_BYTES)
             if not piece:
-                raise SandboxError("QEMU ended while it was being saved")
+                raise SandboxError("QEMU ended before the machine was saved")
             self._data += piece
         line, _, rest = self._data.partition(b"\n")
         self._data = bytearray(rest)
@@ -87,12 +100,15 @@ class Monitor:
             raise SandboxError("QEMU's monitor does not speak JSON") from error
         if not isinstance(said, dict):
             raise SandboxError("QEMU's monitor does not speak QMP")
+        self._note(said)
         return said
 
-
-def _migration(message: dict[str, object]) -> str:
-    """Return the state of the migration that an event tells, "" for any other."""
-    data = message.get("data")
-    if message.get("event") != "MIGRATION" or not isinstance(data, dict):
-        return ""
-    return str(data.get("status"))[:64]
+    def _note(self, said: dict[str, object]) -> None:
+        """Remember what an event tells, whenever it comes."""
+        data = said.get("data")
+        if not isinstance(data, dict):
+            return
+        if said.get("event") == "VSERPORT_CHANGE" and data.get("open") is True:
+            self._opened.add(str(data.get("id"))[:64])
+        if said.get("event") == "MIGRATION":
+            self._migration = str(data.get("status"))[:64]

@@ -1,6 +1,6 @@
 """Machines saved right after their boot, below the state directory. On the way of every run at the microVM tier.
 
-snapshots/KEY.state     what QEMU wrote: the memory and the devices of a guest that waits for its setup text
+snapshots/KEY.state     what QEMU wrote: the memory and the devices of a guest that waits for a bridge
 snapshots/KEY.record    lines "NAME VALUE": what it is, and what the file was when it was made
 snapshots/KEY.failed    why none could be made lately
 snapshots/KEY.new       one that is being made, or a rest of that
@@ -22,7 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.plan.document import Machine, Plan
 
-FORMAT = "1"
+# A new number makes new files: raise it when machines are saved in another way.
+FORMAT = "2"
 _MOST_RECORD_BYTES = 1 << 14
 _PIECE_BYTES = 1 << 20
 _KEY_BYTES = 20
@@ -150,13 +151,21 @@ def _problem(state: str, name: str, record: dict[str, str], descriptor: int, mac
     if any(record.get(fact) != value for fact, value in facts.items()):
         return "was changed after it was made"
     boot = boot_id()
-    if record.get("boot") != boot:
-        if digest(descriptor) != record.get("blake2b"):
-            return "has another digest than it had"
-        write_record(state, name, {**record, "boot": boot})
-    else:
-        os.utime(snapshots_dir(state, f"{name}.record"))  # the ones not used for the longest time go first
+    if record.get("boot") != boot and digest(descriptor) != record.get("blake2b"):
+        return "has another digest than it had"
+    _note_use(state, name, record, boot)
     return ""
+
+
+def _note_use(state: str, name: str, record: dict[str, str], boot: str) -> None:
+    """Write down that it was looked at in this boot, and used now: the ones not used for the longest time go first."""
+    try:
+        if record.get("boot") != boot:
+            write_record(state, name, {**record, "boot": boot})
+        else:
+            os.utime(snapshots_dir(state, f"{name}.record"))
+    except OSError:
+        return  # the disk is full or read-only, or the snapshot was just removed: this run has it all the same
 
 
 def read_record(state: str, name: str) -> dict[str, str] | None:
