@@ -15,6 +15,7 @@
 #include "client.h"
 #include "door.h"
 #include "guest.h"
+#include "pack.h"
 #include "signals.h"
 #include "system.h"
 
@@ -156,9 +157,11 @@ int main(int argc, char **argv) {
   if (getpid() == 1 && argc > 0 && strcmp(argv[0], "/init") == 0) run_guest();
   if (argc == 2 && strcmp(argv[1], "--userns") == 0) return hold_user_namespace();
   if (argc == 2 && strcmp(argv[1], "--version") == 0) return print_version();
-  if (argc > 3 && strcmp(argv[1], "--door") == 0) return keep_door(argv + 2);
+  if (argc > 4 && strcmp(argv[1], "--door") == 0) return keep_door(argv + 2);
   if (argc > 2 && strcmp(argv[1], "--bridge") == 0) return keep_bridge(argv + 2);
   if (argc > 2 && strcmp(argv[1], "--back") == 0) return keep_back(argv + 2);
+  if (argc == 4 && strcmp(argv[1], "--pack") == 0) return pack(argv + 2);
+  if (argc == 4 && strcmp(argv[1], "--unpack") == 0) return unpack(argv + 2);
   if (argc > 1 || !set_up()) return EXIT_OWN_FAILURE;
   client_open(&sandbox.clients[0], CONTROL);
   serve();

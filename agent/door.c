@@ -1,8 +1,9 @@
 /* PID 1 of the ring around a sandboxed kernel (gVisor's sentry), on the host's side of it; see PROTOCOL.md, "The door".
 
    It starts the runtime, which stays no longer than it takes to start the sandbox, hands every connection from the
-   host on to the agent inside, and keeps what the runtime and the kernel inside say. It parses nothing that comes from
-   inside, and gives up all of its privileges as soon as the runtime has got them. */
+   host on to the agent inside, keeps what the runtime and the kernel inside say, and the time limit when nobody else
+   does. It parses nothing that comes from inside, and gives up all of its privileges as soon as the runtime has got
+   them. */
 #define _GNU_SOURCE
 #include "door.h"
 
@@ -21,6 +22,7 @@
 enum { LOG = 8, LOG_FILE = 9, TRACE = 10 };
 enum { FEED = 4 }; /* what the agent inside has in the listener's place */
 enum { MAX_EVENTS = 8 };
+#define MOST_DEADLINE_MS (INT64_MAX / 2)
 enum about { ABOUT_SIGNALS, ABOUT_LISTENER, ABOUT_FEED, ABOUT_WORDS, ABOUT_LOG };
 
 static int events = -1;
@@ -33,6 +35,8 @@ static bool closed;          /* nobody holds the feed's other end */
 static bool reap_again;      /* stopped reaping to see to other things */
 static int64_t end_by = INT64_MAX;
 static int64_t accept_after; /* something was short; 0: the listener is watched */
+static int64_t deadline_ms;  /* how long the sandbox may live once SIGUSR1 has come; 0: for ever */
+static int64_t deadline_at = INT64_MAX;
 
 static bool watch(int operation, int descriptor, enum about about, uint32_t wanted) {
   struct epoll_event event = {.events = wanted};
@@ -58,6 +62,17 @@ static _Noreturn void leave(int status) {
   drain_last(&words);
   drain_last(&log_drain);
   _exit(status);
+}
+
+/* Time is up and the sandbox still there: whoever had to keep the time inside does not, or cannot. What is left dies
+   with PID 1. The mark tells the host, which finds no end in the log. */
+static _Noreturn void leave_late(void) {
+  static const uint8_t mark[] = "\ndeadline\n";
+  uint64_t room = sizeof mark - 1;
+  drain_last(&words);
+  words.left = 0; /* nothing that is still said comes after the mark */
+  store(WORDS, &room, mark, sizeof mark - 1);
+  leave(0);
 }
 
 /* Connections */
@@ -144,7 +159,9 @@ static void on_feed(void) {
 }
 
 static void note_end(int64_t now) {
-  if (closed && starter == 0 && end_by == INT64_MAX) end_by = now + ENDING_MS;
+  if (!closed || starter != 0 || end_by != INT64_MAX) return;
+  end_by = now + ENDING_MS;
+  deadline_at = INT64_MAX; /* it has ended before, if only just */
 }
 
 static void reap_all(void) {
@@ -159,17 +176,28 @@ static void reap_all(void) {
   reap_again = true;
 }
 
+/* From the launcher, as it lets the job go. Whoever else may send it can only make the end come earlier. */
+static void start_clock(void) {
+  if (deadline_ms > 0 && deadline_at == INT64_MAX && !closed) deadline_at = now_ms() + deadline_ms;
+}
+
 static void on_signals(void) {
-  /* Whatever else comes is not for us: the job is signalled by frames. */
-  for (int left = SIGNALS_A_TURN; left > 0 && next_signal(signals) != 0; left--) continue;
+  for (int left = SIGNALS_A_TURN; left > 0; left--) {
+    int signo = next_signal(signals);
+    if (signo == 0) break;
+    /* Whatever else comes is not for us: the job is signalled by frames. */
+    if (signo == SIGUSR1) start_clock();
+  }
   reap_all();
 }
 
 static int timeout_ms(int64_t now) {
   if (reap_again) return 0;
-  int64_t next = accept_after > 0 && accept_after < end_by ? accept_after : end_by;
+  int64_t next = end_by < deadline_at ? end_by : deadline_at;
+  if (accept_after > 0 && accept_after < next) next = accept_after;
   if (next == INT64_MAX) return -1;
-  return next > now ? (int)(next - now) : 0;
+  if (next <= now) return 0;
+  return next - now < INT32_MAX ? (int)(next - now) : INT32_MAX;
 }
 
 static void on_event(enum about about) {
@@ -188,6 +216,7 @@ static _Noreturn void serve(void) {
     int64_t now = now_ms();
     note_end(now);
     if (now >= end_by) leave(0); /* what is left dies with PID 1 */
+    if (now >= deadline_at) leave_late();
     listen_again(now);
     struct epoll_event found[MAX_EVENTS];
     int count = epoll_wait(events, found, MAX_EVENTS, timeout_ms(now));
@@ -196,9 +225,17 @@ static _Noreturn void serve(void) {
   }
 }
 
+static bool parse_deadline(const char *text) {
+  uint64_t given;
+  if (!parse_bytes(text, &given) || given > MOST_DEADLINE_MS) return false;
+  deadline_ms = (int64_t)given;
+  return true;
+}
+
 int keep_door(char **argv) {
   uint64_t log_bytes;
-  if (!argv[0] || !argv[1] || !parse_bytes(argv[0], &log_bytes)) return EXIT_OWN_FAILURE;
-  if (!set_up(log_bytes) || !start_runtime(argv + 1)) return EXIT_OWN_FAILURE;
+  if (!argv[0] || !argv[1] || !argv[2]) return EXIT_OWN_FAILURE;
+  if (!parse_bytes(argv[0], &log_bytes) || !parse_deadline(argv[1])) return EXIT_OWN_FAILURE;
+  if (!set_up(log_bytes) || !start_runtime(argv + 2)) return EXIT_OWN_FAILURE;
   serve();
 }

@@ -142,7 +142,13 @@ class Agent(Frames):
         self.clients.append(Frames(sock))
         return self.clients[-1]
 
+    def busy(self) -> None:
+        """Start a main job that stays, and let it go: nothing else is served before."""
+        self.start("sleep", "1000")
+        self.prepared()
+
     def exec(self) -> Frames:
+        """Connect, once the main job is let go, and wait for the agent's word."""
         frames = self.connect()
         frames.ready()
         return frames

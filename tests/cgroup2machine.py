@@ -1,7 +1,7 @@
 """A virtual machine whose kernel has cgroup v2 alone, for tests of the linux tier on hosts that have not.
 
-Its kernel and its system are Debian's own packages, bootstrapped once and kept in a cache directory; this checkout, with
-its environment, is a second disk of each run. `main` runs pytest in it and prints what that prints.
+Its kernel and its system are Debian's own packages, bootstrapped once and kept in a cache directory; this checkout,
+with its environment, is a second disk of each run. `main` runs pytest in it and prints what that prints.
 """
 
 import hashlib

@@ -95,6 +95,14 @@ def _kernel() -> str:
     return ""
 
 
+@functools.cache
+def _firecracker() -> str:
+    host = detect()
+    if "firecracker" not in host.runtimes:
+        return "Firecracker is not installed"
+    return "" if host.kvm == "works" else f"KVM does not work here: {host.kvm_reason or host.kvm}"
+
+
 def _two_cpus() -> str:
     return "" if (os.cpu_count() or 1) > 1 else "only one CPU"
 
@@ -118,6 +126,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "lz4": _program("lz4"),
     "qemu": _program("qemu-system-x86_64"),
     "kernel": _kernel,
+    "firecracker": _firecracker,
+    "kvm:device": lambda: "" if os.path.exists("/dev/kvm") else "no /dev/kvm",
     "userns": _userns,
     "compiler": _compiler,
     "image:base": _base,

@@ -120,9 +120,28 @@ SETUP = {
 }
 
 
+def header(name: bytes, kind: bytes, size: int = 0, link: bytes = b"") -> bytes:
+    """Return a tar header; the harness puts the checksum in."""
+    fields = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0"
+    return (fields + b" " * 8 + kind + link.ljust(100, b"\0") + b"ustar\x0000").ljust(512, b"\0")
+
+
+def records(*pairs: bytes) -> bytes:
+    """Return a pax header with its records."""
+    text = b"".join(b"%d " % (len(pair) + 4) + pair + b"\n" for pair in pairs)
+    return header(b"pax", b"x", len(text)) + text.ljust(512, b"\0")
+
+
+TAR = {
+    "plain": header(b".", b"5") + header(b"./a", b"0", 5) + header(b"./s", b"2", 0, b"a") + header(b"h", b"1", 0, b"a"),
+    "long": records(b"path=./some/long/name", b"linkpath=target", b"mtime=1.5") + header(b"x", b"2", 0, b"y"),
+    "large": records(b"size=99999999999") + header(b"./x", b"0"),
+}
+
+
 def main(directory: str) -> None:
     """Write all seeds."""
-    for fuzzer, seeds in (("frame", FRAMES), ("bridge", BRIDGE), ("back", BACK), ("setup", SETUP)):
+    for fuzzer, seeds in (("frame", FRAMES), ("bridge", BRIDGE), ("back", BACK), ("setup", SETUP), ("tar", TAR)):
         place = os.path.join(directory, fuzzer)
         os.makedirs(place, exist_ok=True)
         for name, data in seeds.items():

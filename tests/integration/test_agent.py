@@ -269,20 +269,41 @@ def test_go_may_come_early(agent: Agent) -> None:
     assert agent.exited() == (6, 0, 0)
 
 
-def test_nothing_starts_beside_a_held_job(agent: Agent) -> None:
-    """While the main job is held, connections are not served: nothing can run before the proof is taken."""
-    early = agent.exec()
-    agent.start("sleep", "1000", flags=HOLD)
+@pytest.mark.parametrize("feed", [False, True])
+@pytest.mark.parametrize("flags", [0, HOLD])
+def test_nothing_starts_before_the_main_job(
+    agents: Callable[..., Agent], tmp_path: Path, flags: int, feed: bool
+) -> None:
+    """Until the main job is let go no connection is served: nothing runs before limits are set and proof is taken."""
+    agent = agents(feed=feed)
+    agent.ready()
+    early = agent.connect()
+    early.start("touch", str(tmp_path / "marker"))
+    assert not select.select([early.sock], [], [], 0.1)[0]
+    agent.start("sleep", "1000", flags=flags)
     agent.prepared()
     late = agent.connect()
-    early.start("true")
-    assert early.failed()[0] == 1
-    assert not select.select([late.sock], [], [], 0.05)[0]
-    agent.send(encode_go())
+    if flags & HOLD:
+        assert not select.select([early.sock, late.sock], [], [], 0.1)[0]
+        assert not (tmp_path / "marker").exists()
+        agent.send(encode_go())
+    early.ready()
+    early.prepared()
+    assert early.exited() == (0, 0, 0)
+    assert (tmp_path / "marker").exists()
     late.ready()
-    late.start("true")
-    late.prepared()
-    assert late.exited() == (0, 0, 0)
+    assert late.output("echo", "served") == b"served\n"
+
+
+def test_nothing_starts_without_a_main_job(agent: Agent, tmp_path: Path) -> None:
+    """A launcher that goes away before its START takes with it what has connected meanwhile; nothing of that runs."""
+    early = agent.connect()
+    early.start("touch", str(tmp_path / "marker"))
+    agent.connection.close()
+    assert agent.wait() == 0
+    with contextlib.suppress(SandboxError, OSError):  # reset, as it was never accepted
+        assert early.ended()
+    assert not (tmp_path / "marker").exists()
 
 
 # Terminals
@@ -397,8 +418,7 @@ def test_deadline_counts_from_go(agent: Agent) -> None:
 
 def test_shutdown(agent: Agent) -> None:
     """SHUTDOWN kills all; the end is reported on every connection."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     second = agent.exec()
     second.start("sleep", "1000")
     second.prepared()
@@ -598,8 +618,7 @@ def test_output_limit_in_a_pipe(agent: Agent, limit: int) -> None:
 
 def test_exec_beside_the_main_job(agent: Agent) -> None:
     """Each connection may start a job; its end is its own."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     for code in (0, 3):
         frames = agent.exec()
         frames.start("sh", "-c", f"exit {code}")
@@ -619,18 +638,9 @@ def test_exec_beside_the_main_job(agent: Agent) -> None:
     assert agent.exited() == (143, 15, 0)
 
 
-def test_exec_without_a_main_job(agent: Agent) -> None:
-    """A sandbox may wait for its main job and serve others meanwhile."""
-    assert agent.exec().output("echo", "hello") == b"hello\n"
-    agent.start("true")
-    agent.prepared()
-    assert agent.exited() == (0, 0, 0)
-
-
 def test_client_gone_kills_its_session(agent: Agent) -> None:
     """A client that leaves takes all of its job's session along, and nothing else."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     frames = agent.exec()
     frames.start("bash", "-c", "set -m; sleep 1001 & sleep 1002 | sleep 1003 & wait")
     frames.prepared()
@@ -647,8 +657,7 @@ def test_client_gone_kills_its_session(agent: Agent) -> None:
 
 def test_detached_exec_outlives_its_client(agent: Agent, log: tuple[int, Path]) -> None:
     """A detached exec goes on without its client, and its log ends though another process holds its pipes."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     frames = agent.exec()
     frames.start("sh", "-c", "sleep 0.2; setsid sleep 1000 & echo done", flags=DETACH, stdio=(log[0],))
     frames.prepared()
@@ -658,8 +667,7 @@ def test_detached_exec_outlives_its_client(agent: Agent, log: tuple[int, Path]) 
 
 def test_many_connections(agent: Agent) -> None:
     """32 connections are served at once, those above wait until one leaves."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     held = [agent.exec() for _ in range(32)]
     late = agent.connect()
     assert not select.select([late.sock], [], [], 0.05)[0]
@@ -705,6 +713,7 @@ def test_connections_over_the_feed(fed: tuple[Agent, socket.socket]) -> None:
 def test_what_is_no_connection_is_dropped(fed: tuple[Agent, socket.socket], count: int) -> None:
     """Bytes with no descriptor, or more than one, open nothing and stay with nobody; the next one is served."""
     agent, feed = fed
+    agent.busy()
     reading, writing = os.pipe()
     for _ in range(20):
         if count:
@@ -720,6 +729,7 @@ def test_what_is_no_connection_is_dropped(fed: tuple[Agent, socket.socket], coun
 def test_connection_that_is_none(fed: tuple[Agent, socket.socket]) -> None:
     """A descriptor that is no socket, or a socket whose other end is gone, is closed."""
     agent, feed = fed
+    agent.busy()
     reading, writing = os.pipe()
     ours, theirs = socket.socketpair()
     ours.close()
@@ -808,8 +818,7 @@ def test_gate_of_an_exec_is_closed_to_other_jobs(agents: Callable[..., Agent], t
     """A running job that signals a held one may kill it, but cannot make it go."""
     agent = agents(*AS_NOBODY)
     agent.ready()
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     tmp_path.chmod(0o777)
     held = agent.exec()
     held.start("touch", str(tmp_path / "marker"), flags=HOLD)
@@ -862,17 +871,20 @@ def broken_frames() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", broken_frames())
-def test_broken_frame(agent: Agent, name: str) -> None:
+def test_broken_frame(agents: Callable[..., Agent], name: str) -> None:
     """A frame outside of the protocol closes its connection; on the control connection all ends with 125."""
     frame = broken_frames()[name]
     three = () if frame[4] != protocol.START else (0, 0, 0)
+    agent, other = agents(), agents()
+    agent.ready()
+    other.ready()
+    other.busy()
     with open(os.devnull, "r+b") as null:
         descriptors = tuple(null.fileno() for _ in three)
-        second = agent.exec()
+        second = other.exec()
         second.send(frame, descriptors)
         assert second.ended()
-        third = agent.exec()
-        assert third.output("echo", "alive") == b"alive\n"
+        assert other.exec().output("echo", "alive") == b"alive\n"
         agent.send(frame, descriptors)
     assert agent.ended()
     assert agent.wait() == 125
@@ -884,8 +896,7 @@ def test_broken_frame(agent: Agent, name: str) -> None:
 )
 def test_wrong_number_of_descriptors(agent: Agent, flags: int, count: int) -> None:
     """Descriptors too few or too many are a protocol error, and none of them stays open."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     frames = agent.exec()
     reading, writing = os.pipe()
     frames.send(encode_start([b"true"], [], b"/", flags=flags), (writing,) * count)
@@ -897,6 +908,7 @@ def test_wrong_number_of_descriptors(agent: Agent, flags: int, count: int) -> No
 
 def test_descriptors_without_a_header(agent: Agent) -> None:
     """Descriptors that come in the middle of a frame are closed with its connection."""
+    agent.busy()
     frames = agent.exec()
     frame = encode_signal(15)
     reading, writing = os.pipe()
@@ -911,8 +923,7 @@ def test_descriptors_without_a_header(agent: Agent) -> None:
 
 def test_second_start(agent: Agent) -> None:
     """One connection, one job."""
-    agent.start("sleep", "1000")
-    agent.prepared()
+    agent.busy()
     agent.start("true")
     agent.connection.recv()
     assert agent.wait() == 125

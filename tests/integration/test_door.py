@@ -44,7 +44,9 @@ IDLE = "time.sleep(1000)"
 class Door(Frames):
     """A running door and what the host has of it: control socket, listener, words, log."""
 
-    def __init__(self, directory: Path, *argv: str, log_bytes: int | str = 0) -> None:
+    def __init__(
+        self, directory: Path, *argv: str, log_bytes: int | str = 0, deadline_ms: int | str = 0
+    ) -> None:
         ours, theirs = socket.socketpair()
         self.address = str(directory / "control.sock")
         self.words = directory / "words"
@@ -57,7 +59,7 @@ class Door(Frames):
         log_read, self.log_write = os.pipe()
         self.trace, trace_write = os.pipe()
         descriptors = [theirs.fileno(), listener.fileno(), words, words, words, log_read, log, trace_write]
-        command = [*UNSHARE, binary(), "--door", str(log_bytes), *argv]
+        command = [*UNSHARE, binary(), "--door", str(log_bytes), str(deadline_ms), *argv]
         self.pid = spawn(command, {3 + i: fd for i, fd in enumerate(descriptors)})
         for fd in (words, log, log_read, trace_write):
             os.close(fd)
@@ -124,12 +126,14 @@ def doors(tmp_path: Path) -> Iterator[Doors]:
     """Start doors; `kernel` is Python that runs in what the runtime leaves behind, `first` in the runtime before."""
     with contextlib.ExitStack() as stack:
 
-        def start(kernel: str = AGENT, *, first: str = "", log_bytes: int | str = 0) -> Door:
+        def start(
+            kernel: str = AGENT, *, first: str = "", log_bytes: int | str = 0, deadline_ms: int = 0
+        ) -> Door:
             runtime = tmp_path / "runtime"
             script = RUNTIME.format(python=sys.executable)
             runtime.write_text(script.replace("KERNEL", kernel).replace("FIRST", first))
             runtime.chmod(0o755)
-            door = Door(tmp_path, str(runtime), binary(), log_bytes=log_bytes)
+            door = Door(tmp_path, str(runtime), binary(), log_bytes=log_bytes, deadline_ms=deadline_ms)
             stack.callback(door.close)
             return door
 
@@ -221,11 +225,12 @@ def test_runtime_that_cannot_run(tmp_path: Path) -> None:
     door.close()
 
 
-@pytest.mark.parametrize("log_bytes", ["", "x", "-1", "1x", "18446744073709551616"])
-def test_log_bytes_must_be_a_number(tmp_path: Path, log_bytes: str) -> None:
-    """What is no number of bytes starts nothing, rather than something without its bound."""
+@pytest.mark.parametrize("which", ["log_bytes", "deadline_ms"])
+@pytest.mark.parametrize("given", ["", "x", "-1", "1x", "18446744073709551616"])
+def test_bounds_must_be_numbers(tmp_path: Path, which: str, given: str) -> None:
+    """What is no number of bytes or milliseconds starts nothing, rather than something without its bound."""
     marker = tmp_path / "marker"
-    door = Door(tmp_path, "/usr/bin/touch", str(marker), log_bytes=log_bytes)
+    door = Door(tmp_path, "/usr/bin/touch", str(marker), **{which: given})
     assert door.wait() == 125
     assert not marker.exists()
     door.close()
@@ -239,7 +244,7 @@ def test_descriptors_that_must_be_there(tmp_path: Path, missing: int) -> None:
         given = {fd: null.fileno() for fd in range(3, 11) if fd != missing}
         with socket.socket(socket.AF_UNIX) as sock:
             given |= {fd: sock.fileno() for fd in (3, 4) if fd != missing}
-            pid = spawn([binary(), "--door", "100", "/usr/bin/touch", str(marker)], given)
+            pid = spawn([binary(), "--door", "100", "0", "/usr/bin/touch", str(marker)], given)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 125
     assert not marker.exists()
 
@@ -252,7 +257,7 @@ def test_only_the_needed_descriptors(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
         given = {3: theirs.fileno(), 4: listener.fileno(), 7: file.fileno()}
-        pid = spawn([binary(), "--door", "0", "/bin/sh", "-c", "echo begun; echo ended >&2"], given)
+        pid = spawn([binary(), "--door", "0", "0", "/bin/sh", "-c", "echo begun; echo ended >&2"], given)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert words.read_text() == "begun\nended\n"
 
@@ -411,6 +416,85 @@ def test_signals_to_the_door_do_nothing(doors: Doors) -> None:
     assert door.output("echo", "alive") == b"alive\n"
 
 
+# The clock
+
+LATE = b"\ndeadline\n"
+
+
+def test_time_is_up(doors: Doors) -> None:
+    """What runs on after its time dies, whatever it does; the door says so last, and keeps what was said before."""
+    door = doors(f"os.write(2, b'words')\n    {IDLE}", log_bytes=1000, deadline_ms=300)
+    left = door.kernel()
+    os.kill(left, signal.SIGSTOP)
+    os.write(door.log_write, b"log")
+    assert door.status is None
+    begin = time.monotonic()
+    os.kill(door.host_pid(), signal.SIGUSR1)
+    assert door.wait() == 0
+    assert 0.25 < time.monotonic() - begin < 3
+    assert not Path(f"/proc/{left}").exists()
+    assert (door.words.read_bytes(), door.log.read_bytes()) == (b"words" + LATE, b"log")
+
+
+def test_time_counts_from_the_first_signal(doors: Doors) -> None:
+    """Before the launcher's word no time passes; what comes after it does not move the end."""
+    door = doors(IDLE, deadline_ms=600)
+    door.kernel()
+    with pytest.raises(AssertionError, match="hangs"):
+        door.wait(1)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.5:
+        os.kill(door.host_pid(), signal.SIGUSR1)
+        time.sleep(0.1)
+    assert door.wait() == 0
+    assert 0.55 < time.monotonic() - begin < 3
+    assert door.words.read_bytes() == LATE
+
+
+def test_no_time_limit(doors: Doors) -> None:
+    """Without one SIGUSR1 is a signal like any other."""
+    door = doors(IDLE)
+    door.kernel()
+    os.kill(door.host_pid(), signal.SIGUSR1)
+    with pytest.raises(AssertionError, match="hangs"):
+        door.wait(0.5)
+
+
+@pytest.mark.parametrize("deadline_ms", [2_147_483_648, 4_611_686_018_427_387_903])
+def test_time_limit_of_weeks(doors: Doors, deadline_ms: int) -> None:
+    """More than epoll can wait for at once is waited for all the same: neither at an end at once, nor spinning."""
+    door = doors(IDLE, deadline_ms=deadline_ms)
+    door.kernel()
+    os.kill(door.host_pid(), signal.SIGUSR1)
+    time.sleep(0.1)
+    ticks = cpu_ticks(door.host_pid())
+    with pytest.raises(AssertionError, match="hangs"):
+        door.wait(0.5)
+    assert cpu_ticks(door.host_pid()) - ticks < 3
+
+
+def test_end_before_the_time_is_up(doors: Doors) -> None:
+    """A sandbox that ended by itself is not said to be late, even if the last of it takes until then."""
+    door = doors(f"os.close(4)\n    {IDLE}", deadline_ms=1000)
+    door.kernel()
+    os.kill(door.host_pid(), signal.SIGUSR1)
+    begin = time.monotonic()
+    assert door.wait() == 0
+    assert 1.5 < time.monotonic() - begin < 5
+    assert door.words.read_bytes() == b""
+
+
+def test_time_is_up_for_a_kernel_that_never_stops_talking(doors: Doors) -> None:
+    """Neither the bound of the words nor their flood keeps the door from its time or from its last word."""
+    door = doors("[os.write(2, b'w' * 4096) for _ in iter(int, 1)]", deadline_ms=300)
+    eventually(lambda: door.words.stat().st_size == WORDS_BYTES)
+    begin = time.monotonic()
+    os.kill(door.host_pid(), signal.SIGUSR1)
+    assert door.wait() == 0
+    assert time.monotonic() - begin < 5
+    assert door.words.read_bytes() == b"w" * WORDS_BYTES + LATE
+
+
 def test_one_process_of_the_sandbox_dies(doors: Doors) -> None:
     """When the one with the feed is gone, the rest has two seconds, and dies with the door; no other means anything."""
     gofer = "if os.fork() == 0:\n        if os.fork(): os._exit(0)\n        os.close(4)\n        os.fork()"
@@ -447,6 +531,8 @@ def test_processes_by_the_thousand(doors: Doors) -> None:
         os.wait()"""
     )
     door.ready()
+    door.start("sleep", "1000")
+    door.prepared()
     assert door.output("echo", "alive") == b"alive\n"
     door.send(encode_shutdown())
     assert door.wait() == 0

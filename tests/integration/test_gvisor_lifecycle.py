@@ -18,7 +18,9 @@ from commands import remains
 from detached import WAIT_S, Cli, agent_of, command_of, layout, processes, until
 from ringfence.cgroup.group import leftovers as groups_below
 from ringfence.host import places
+from ringfence.linux.syscalls import all_names
 from ringfence.sandbox import store
+from ringfence.sandbox.attach import connect
 from terminals import Terminal
 
 pytestmark = pytest.mark.requires("root", "userns", "crun", "runsc", "image:base")
@@ -93,6 +95,64 @@ def test_a_detached_job_has_its_time_limit(gvisor: Cli) -> None:
     facts = ended(gvisor)
     assert (facts["exit_status"], facts["timed_out"]) == (124, True)
     assert b"exited (124, time limit)" in gvisor("ps", "--all").stdout
+
+
+def test_time_is_kept_when_nobody_inside_keeps_it(gvisor: Cli) -> None:
+    """With the sentry stopped, and no launcher, the door ends the sandbox: 124, and what was said is kept."""
+    started = time.monotonic()
+    done = gvisor.run("-d", "--name", "box", "--timeout", "3", "--", "sh", "-c", "echo up; exec sleep 50")
+    sandbox = done.stdout.decode().strip()
+    gvisor.wait_for_log("box", b"up")
+    pids = processes(sandbox)
+    os.kill(part_of(sandbox, "runsc-sandbox"), signal.SIGSTOP)
+    until(lambda: not [pid for pid in pids if command_of(pid)])
+    assert 4.5 < time.monotonic() - started < 12
+    facts = ended(gvisor)
+    assert (facts["state"], facts["exit_status"], facts["timed_out"]) == ("exited", 124, True)
+    assert facts["ended"] is not None
+    assert b"exited (124, time limit)" in gvisor("ps", "--all").stdout
+    logged = gvisor("logs", "box")
+    assert logged.stdout == b"up\n"
+    assert b"killed (its time limit had passed" in logged.stderr
+    assert logged.stderr.count(b"\n") == 1
+    assert sandbox not in groups_below(layout())
+
+
+# A descriptor of its own that sends process 1 a signal for what comes in: fcntl(2), F_SETOWN and F_SETSIG.
+SIGNAL_BY_DESCRIPTOR = """
+import errno, fcntl, os, signal, socket, sys
+ours, theirs = socket.socketpair()
+sys.stdout.write(str(fcntl.fcntl(ours, fcntl.F_GETFD)) + '\\n')
+fcntl.fcntl(ours, fcntl.F_SETOWN, 1)
+try:
+    fcntl.fcntl(ours, fcntl.F_SETSIG, signal.SIGSTOP)
+    print('set')
+except OSError as error:
+    print(errno.errorcode[error.errno])
+fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+theirs.send(b'x')
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(6))
+sys.stdout.flush()
+while True: signal.pause()
+"""
+
+
+@pytest.mark.parametrize("profile", ["ours", "a user's"])
+def test_a_detached_job_cannot_stop_the_agent_by_a_descriptor(
+    gvisor: Cli, tmp_path: Path, profile: str
+) -> None:
+    """The signal of a descriptor cannot be chosen, whatever profile allows fcntl: the agent goes on."""
+    options: tuple[str, ...] = ()
+    if profile != "ours":
+        file = tmp_path / "seccomp.json"
+        every = {"names": list(all_names(os.uname().machine)), "action": "SCMP_ACT_ALLOW"}
+        file.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [every]}))
+        options = ("--security-opt", f"seccomp={file}")
+    gvisor.detached("python3", "-c", SIGNAL_BY_DESCRIPTOR, options=options)
+    assert gvisor.wait_for_log("box", b"\nE") == b"1\nEPERM\n"
+    assert gvisor("exec", "box", "--", "echo", "alive").stdout == b"alive\n"
+    gvisor("stop", "box")
+    assert gvisor.ps()["box"]["exit_status"] == 6
 
 
 def test_the_log_of_a_detached_job_is_bounded(gvisor: Cli) -> None:
@@ -236,6 +296,27 @@ def test_exec_with_a_terminal(gvisor: Cli) -> None:
     terminal.wait_for(b"hello\r\n")
     assert terminal.end() == 6
     assert b"got" in terminal.shown
+
+
+@pytest.mark.parametrize("tier", ["linux", "gvisor"])
+def test_an_exec_as_early_as_can_be(home: Path, tier: str) -> None:
+    """An exec that connects before the sandbox has its limits and its proof is answered once the job is let go."""
+    cli = Cli(home, isolation=tier)
+    before = {entry.id for entry in store.entries()}
+    run = cli.start("run", *cli.tier, "--name", "early", "--", "sleep", "2", stderr=subprocess.PIPE)
+
+    def new() -> store.Entry | None:
+        found = [entry for entry in store.entries() if entry.id not in before]
+        return found[0] if found and os.path.exists(found[0].path("control.sock")) else None
+
+    entry = until(new)
+    assert not entry.started()
+    connection, _ = connect(entry)
+    assert entry.started()
+    connection.close()
+    assert run.communicate(timeout=WAIT_S)[1] == b""
+    assert run.returncode == 0
+    assert remains(home) == []
 
 
 def test_many_execs_at_once(gvisor: Cli) -> None:

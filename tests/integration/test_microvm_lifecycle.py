@@ -119,6 +119,15 @@ def test_a_detached_job_with_a_terminal_and_logs_as_json(microvm: Cli) -> None:
     )
 
 
+HOG = "data = []\nwhile True: data.append(b'x' * (1 << 20))"
+
+
+def test_a_detached_job_that_is_out_of_memory(microvm: Cli) -> None:
+    """A machine that nobody attends has the status of what was killed in it."""
+    microvm.detached("python3", "-c", HOG, options=("--memory", "48MiB"))
+    assert ended(microvm)["exit_status"] == 137
+
+
 # exec, stop: one machine
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-import commands
-from commands import refused
+from commands import refused, run
 from detached import CLI, Cli, processes, until
 from ringfence.linux.paths import state_dir
+from ringfence.plan.document import Machine
 from ringfence.runtime.microvm import saving, snapshots
 from ringfence.sandbox.prepare import Request, plan_for
 
@@ -113,7 +113,7 @@ def saved(snapshot: Snapshot) -> Snapshot:
 def _run(
     *command: str, options: tuple[str, ...] = (), status: int = 0
 ) -> "subprocess.CompletedProcess[bytes]":
-    done = commands.run(*TIER, *options, "--", *command, timeout=90)
+    done = run(*TIER, *options, "--", *command, timeout=90)
     assert done.returncode == status, done.stderr.decode()
     return done
 
@@ -155,7 +155,13 @@ def test_two_machines_of_one_snapshot_share_no_secret(saved: Snapshot, microvm: 
 
 
 def test_the_clock_is_right_and_timers_run(saved: Snapshot, microvm: Cli) -> None:
-    """A snapshot is old: the guest's clock is the host's to a tenth of a second, and a second takes a second."""
+    """However old the snapshot is, the guest's clock is the host's, and a second takes a second.
+
+    Where the machine is emulated its clock counts ticks, and loses those that a busy host does not let it have.
+    """
+    lost = 1.0 if _emulated() else 0.1
+    made = saved.file("state").stat().st_mtime
+    until(lambda: time.time() > made + 3 * lost)
     process = _start("python3", "-c", CLOCK)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -172,7 +178,7 @@ def test_the_clock_is_right_and_timers_run(saved: Snapshot, microvm: Cli) -> Non
     finally:
         process.kill()
         _, err = process.communicate()
-    assert asked - 0.1 <= told <= answered + 0.1, err.decode()
+    assert asked - lost <= told <= answered + 0.1, err.decode()
     assert 1.0 <= slept < 1.5
     assert 0.8 <= took < 3.0
 
@@ -209,7 +215,7 @@ def test_a_touched_snapshot_is_refused_and_the_next_run_makes_another(
     else:
         record = snapshots.read_record(saved.state, saved.name) or {}
         snapshots.write_record(saved.state, saved.name, {**record, "vmm": "QEMU emulator version 9.9"})
-    refused(commands.run(*TIER, "--", "echo", "ran"), 125, "the snapshot", "--no-snapshot")
+    refused(run(*TIER, "--", "echo", "ran"), 125, "the snapshot", "--no-snapshot")
     assert not saved.file("state").exists()
     assert _run("echo", "ran").stdout == b"ran\n"
 
@@ -223,7 +229,7 @@ def test_what_qemu_cannot_load_is_refused_and_removed(saved: Snapshot, microvm: 
         facts = snapshots.file_facts(file.fileno())
     record = snapshots.read_record(saved.state, saved.name) or {}
     snapshots.write_record(saved.state, saved.name, {**record, **facts})
-    refused(commands.run(*TIER, "--", "echo", "ran"), 125, "the microVM could not start", "migration")
+    refused(run(*TIER, "--", "echo", "ran"), 125, "the microVM could not start", "migration")
     assert not saved.file("state").exists()
 
 
@@ -240,7 +246,7 @@ def test_a_failure_to_save_is_no_failure_to_run(none: Snapshot, microvm: Cli) ->
     """Without room in the state directory for a machine the run boots."""
     home = none.home
     script = f"mount -t tmpfs -o size=1m tmpfs {home}"
-    done = commands.run(*TIER, "--", "echo", "booted", mounts=script, timeout=90)
+    done = run(*TIER, "--", "echo", "booted", mounts=script, timeout=90)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"booted\n", b"")
     assert not none.there()
 
@@ -250,8 +256,7 @@ def test_who_gives_up_while_a_machine_is_saved_leaves_nothing(
     none: Snapshot, microvm: Cli, number: signal.Signals, status: int
 ) -> None:
     """The machine ends with us, however we end; no half snapshot is used by anybody."""
-    process = microvm.start("run", *TIER, "--", "true", stderr=subprocess.PIPE)
-    until(lambda: none.file("new").exists() and any(_vmms()))
+    process = _saving(none, microvm)
     microvm.look()
     process.send_signal(number)
     assert process.wait(30) == status
@@ -261,20 +266,40 @@ def test_who_gives_up_while_a_machine_is_saved_leaves_nothing(
     assert not none.there()
 
 
+def _saving(none: Snapshot, microvm: Cli) -> "subprocess.Popen[bytes]":
+    """Start a run that saves a machine, and return it at that."""
+    for _ in range(5):
+        none.drop()
+        process = microvm.start("run", *TIER, "--", "true", stderr=subprocess.PIPE)
+        while process.poll() is None:
+            if none.file("new").exists() and any(_vmms()):
+                return process
+            time.sleep(0.02)
+        # Somebody else was saving one at this moment, so that ours booted.
+    pytest.fail(f"no machine is saved: {process.communicate()}")
+
+
 def _vmms() -> list[str]:
     """Return the command lines of VMMs that have the size of ours."""
-    found = []
+    found, size = [], b"\0-m\0" + _size()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes()
-            if b"qemu-system" in words and b"\0-m\0" + _size() in words:
+            if b"qemu-system" in words and size in words:
                 found.append(words.decode(errors="replace"))
     return found
 
 
+def _machine() -> Machine:
+    overrides = {"isolation": "microvm", "limits.memory": MEMORY}
+    machine = plan_for(Request(overrides=overrides, allow_emulation=True))["machine"]
+    assert machine is not None
+    return machine
+
+
+def _emulated() -> bool:
+    return _machine()["accelerator"] == "tcg"
+
+
 def _size() -> bytes:
-    plan = plan_for(
-        Request(overrides={"isolation": "microvm", "limits.memory": MEMORY}, allow_emulation=True)
-    )
-    assert plan["machine"] is not None
-    return f"{plan['machine']['memory_bytes'] >> 20}M\0".encode()
+    return f"{_machine()['memory_bytes'] >> 20}M\0".encode()

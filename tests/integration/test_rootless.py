@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -34,18 +35,24 @@ def test_the_refusal_names_every_field_that_needs_a_cgroup(user: User) -> None:
 
 
 def test_a_job_is_nobody_of_the_hosts(user: User) -> None:
-    """A user and group inside, subordinate ids outside, no groups, the caller's own id only as root inside."""
+    """A user and group inside, subordinate ids outside, no groups, the caller's own id only as root inside.
+
+    The job itself sees its ids alone: its user namespace lies in another one, which has the map to the host's.
+    """
     code = "import json, os; print(json.dumps([os.getresuid(), os.getresgid(), os.getgroups(), "
     code += "open('/proc/self/uid_map').read().split(), open('/proc/self/gid_map').read().split()]))"
-    done = user.run(*ACCEPTED, "--", "python3", "-c", code)
+    proof_file = user.place / "home/proof.json"
+    done = user.run(*ACCEPTED, "--proof", proof_file, "--", "python3", "-c", code)
     assert done.returncode == 0, done.stderr
-    uids, gids, groups, uid_map, gid_map = json.loads(done.stdout)
-    assert (uids, gids, groups) == ([1000] * 3, [1000] * 3, [])
-    assert (uid_map[:3], gid_map[:3]) == (["0", str(UID), "1"], ["0", str(GID), "1"])
-    first, count = map(int, uid_map[4:])
-    assert uid_map[3:] == gid_map[3:] == ["1", str(first), "4095"]
-    assert FIRST <= first < first + count <= BEYOND
-    assert len(uid_map) == 6
+    inside = ["0", "0", "1", "1", "1", "4095"]
+    assert json.loads(done.stdout) == [[1000] * 3, [1000] * 3, [], inside, inside]
+    lines = {line["control"]: line for line in json.loads(proof_file.read_text())["lines"]}
+    line = lines["credentials.range"]
+    found = re.fullmatch(rf"0 {UID} 1; 1 (\d+) 4095 \(groups: 0 {GID} 1; 1 (\d+) 4095\)", line["observed"])
+    assert (line["vantage"], line["ok"], found is not None) == ("observed", True, True), line
+    assert found is not None
+    assert found[1] == found[2]
+    assert FIRST <= int(found[1]) < int(found[1]) + 4095 <= BEYOND
 
 
 def test_the_proof_holds_and_says_what_is_not_enforced(user: User, tmp_path: Path) -> None:
@@ -144,8 +151,10 @@ def test_with_the_callers_own_id_alone(bare_user: User) -> None:
     done = bare_user.run(*ACCEPTED, *OWN_ID, "--proof", proof_file, "--", "python3", "-c", code)
     assert done.returncode == 0, done.stderr
     none = "0" * 16 + "\n"
-    assert json.loads(done.stdout) == [0, ["0", str(UID), "1"], none, none, "1\n"]
+    assert json.loads(done.stdout) == [0, ["0", "0", "1"], none, none, "1\n"]
     proof = json.loads(proof_file.read_text())
+    observed = {line["control"]: line["observed"] for line in proof["lines"]}
+    assert observed["credentials.range"] == f"0 {UID} 1 (groups: 0 {GID} 1)"
     assert proof["holds"] is True
     assert {"user", "limits.threads"} < set(proof["unenforced"])
     assert not {"rlimit.nproc", "credentials.groups"} & {line["control"] for line in proof["lines"]}

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from ringfence.host.cgroups import cgroup_facts
 from ringfence.plan.document import Plan
 from ringfence.sandbox import launch
 
 MIB = 1 << 20
+V2 = cgroup_facts().version == "v2"
 
 
 class Weakening(msgspec.Struct, frozen=True):
@@ -105,7 +107,7 @@ def shared_ipc(plan: Plan) -> None:
 def away(running: launch.Running) -> None:
     """Move the agent, and so the job that it will make, out of its memory cgroup."""
     assert running.cgroup is not None
-    Path(running.cgroup.layout.mounts["memory"], "cgroup.procs").write_text(str(running.agent_pid))
+    Path(running.cgroup.layout.mount_of("memory"), "cgroup.procs").write_text(str(running.agent_pid))
 
 
 def no_uts(config: dict[str, object]) -> None:
@@ -192,7 +194,10 @@ TABLE: dict[str, Weakening] = {
     "cgroup.swap_bytes": Weakening(("cgroup.swap_bytes",), resource("memory", swap=300 * MIB)),
     "cgroup.cpu_quota_us": Weakening(("cgroup.cpu_quota_us",), resource("cpu", quota=150_000)),
     "cgroup.cpu_period_us": Weakening(("cgroup.cpu_period_us",), resource("cpu", period=50_000)),
-    "cgroup.cpu_weight": Weakening(("cgroup.cpu_weight",), resource("cpu", shares=4096)),
+    "cgroup.cpu_weight": Weakening(
+        ("cgroup.cpu_weight",),
+        resource("unified", **{"cpu.weight": "400"}) if V2 else resource("cpu", shares=4096),
+    ),
     "cgroup.cpuset": Weakening(("cgroup.cpuset",), resource("cpu", cpus="0-1")),
     "cgroup.pids": Weakening(("cgroup.pids",), resource("pids", limit=4096)),
     "cgroup.io.rbps": Weakening(("cgroup.io.rbps",), throttle("throttleReadBpsDevice")),
@@ -207,6 +212,9 @@ TABLE: dict[str, Weakening] = {
     ),
     "mount:/data": Weakening(("mount:/data",), lambda plan: drop(plan, "/data", "bind")),
 }
+
+if V2:
+    del TABLE["cgroup.devices"]  # a program of the kernel's, which has no file that says what it allows
 
 # Controls that no plan can weaken alone, and where else they are seen to fail.
 ELSEWHERE = {

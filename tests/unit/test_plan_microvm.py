@@ -148,13 +148,25 @@ def test_what_cannot_be_copied_in(source: Source, words: str) -> None:
     assert words in str(error.value)
 
 
-def test_mounts_beyond_the_letters_for_disks() -> None:
-    """There are 26 names of disks, one of them the image's."""
-    made = plan(workload=with_sources(*(mount(target=f"/m/{number}") for number in range(25))))
+def test_mounts_beyond_the_places_for_disks() -> None:
+    """QEMU's machine has eight places for devices, so that five mounts can be had; more are refused in our words."""
+    made = plan(workload=with_sources(*(mount(target=f"/m/{number}") for number in range(5))))
     names = [disk["device"] for disk in machine(made)["disks"]]
-    assert names == [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    with pytest.raises(MountError, match="26 mounts are too many"):
-        plan(workload=with_sources(*(mount(target=f"/m/{number}") for number in range(26))))
+    assert names == [f"vd{letter}" for letter in "abcdef"]
+    with pytest.raises(MountError, match="6 mounts are too many for a microVM, which has 5"):
+        plan(workload=with_sources(*(mount(target=f"/m/{number}") for number in range(6))))
+
+
+def test_devices_are_the_guests_own() -> None:
+    """A device that every sandbox has may be listed, and is no disk; another is refused as a device, not as a mount."""
+    null = Source("/dev/null", "/dev/null", "/dev/null", "device", False, "c 1:3 rw")
+    made = plan(workload=with_sources(null), devices=["/dev/null:rw"])
+    assert [disk["device"] for disk in machine(made)["disks"]] == ["vda"]
+    assert not [line for line in machine(made)["setup"] if "/dev/null" in line]
+    assert "mount:/dev/null" not in {control["name"] for control in made["controls"]}
+    fuse = Source("/dev/fuse", "/dev/fuse", "/dev/fuse", "device", False, "c 10:229 rw")
+    with pytest.raises(NotEnforceable, match="cannot be passed into a microVM"):
+        plan(workload=with_sources(fuse), devices=["/dev/fuse:rw"])
 
 
 @pytest.mark.parametrize(
@@ -350,6 +362,21 @@ def test_mounts_are_disks_in_an_order_that_nests() -> None:
     assert setup(made, "disk") == ["vdb:erofs:/data:ro", "vdc:erofs:/data/deep/er:ro"]
     asked = {control["name"]: control["asked"] for control in made["controls"]}
     assert asked["mount:/data"] == asked["mount:/data/deep/er"] == "erofs ro,nosuid,nodev"
+
+
+def test_mount_points_in_a_tmpfs_are_made_in_it() -> None:
+    """What is mounted below /tmp or /work gets its directory there, after the tmpfs and before the disk."""
+    lines = machine(plan(workload=with_sources(mount(target="/work/a"), mount(target="/tmp/b/c"))))["setup"]
+    order = [
+        lines.index(line)
+        for line in (
+            next(line for line in lines if line.startswith("tmpfs=/tmp:")),
+            "dir=/tmp/b/c:755:0:0",
+            "disk=vdc:erofs:/tmp/b/c:ro",
+        )
+    ]
+    assert order == sorted(order)
+    assert lines.index("dir=/work/a:755:0:0") < lines.index("disk=vdb:erofs:/work/a:ro")
 
 
 def test_a_directory_as_the_image_is_copied() -> None:

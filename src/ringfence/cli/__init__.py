@@ -14,6 +14,7 @@ VERBS = {
     "run": "Run a command in a fresh sandbox under a policy.",
     "exec": "Run another command in a running sandbox.",
     "ps": "List sandboxes.",
+    "cp": "Copy files into a running sandbox, or out of one.",
     "logs": "Show the output of a detached sandbox.",
     "stop": "Stop sandboxes: SIGTERM, then SIGKILL.",
     "rm": "Remove stopped sandboxes and their logs.",

@@ -46,6 +46,12 @@ WHAT = (
         help="let a microVM run without KVM: no hardware boundary then, and the proof says so",
     ),
     Flag(
+        "--vmm",
+        choices=("qemu", "firecracker"),
+        default="",
+        help="what makes the machine of a microVM; default: qemu. Firecracker needs KVM that works",
+    ),
+    Flag(
         "--allow-unenforced",
         kind="list",
         metavar="FIELD,...",
@@ -148,6 +154,7 @@ def request(args: "argparse.Namespace") -> Request:
         platform=args.platform,
         gvisor_platform=args.gvisor_platform,
         allow_emulation=args.allow_emulation,
+        vmm=args.vmm,
         teller=_teller,
         allow_unenforced=tuple(field for item in args.allow_unenforced for field in item.split(",")),
     )

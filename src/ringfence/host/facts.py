@@ -97,7 +97,7 @@ class GvisorFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class VmmFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The files that QEMU consists of here: where each is looked for, its program first, and where it really is.
+    """The files that a VMM consists of here: where each is looked for, its program first, and where it really is.
 
     `reason` says why it cannot be used, "" if it can.
     """

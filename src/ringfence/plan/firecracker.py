@@ -1,7 +1,7 @@
 """Firecracker as the VMM of the microVM tier: what it is refused for, and the document that it builds its machine from.
 
-The document is a file of the ring; nothing is said to Firecracker afterwards, and its API is off. Its words are those of
-the API, of which it is all the requests of a boot in one.
+The document is a file of the ring; nothing is said to Firecracker afterwards, and its API is off. Its words are those
+of the API, of which it is all the requests of a boot in one.
 Source: https://github.com/firecracker-microvm/firecracker/blob/main/docs/getting-started.md, "configuration file", and
 the API's published definition, which tests hold the document against.
 """

@@ -258,7 +258,8 @@ def _microvm(given: _Given) -> _Parts:
         limited=given.limited,
         skip=skip,
     )
-    return _Parts(ops=microvm.ring_stage(host, made, policy.limits), oci=oci, machine=made, controls=controls, samples=[])
+    ops = microvm.ring_stage(host, made, policy.limits)
+    return _Parts(ops=ops, oci=oci, machine=made, controls=controls, samples=[])
 
 
 def plan_digest(plan: Plan) -> str:

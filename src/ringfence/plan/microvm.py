@@ -12,6 +12,7 @@ import msgspec
 
 from ringfence.errors import HostError, MountError
 from ringfence.host.facts import Host
+from ringfence.host.sources import Source
 from ringfence.linux.capabilities import mask
 from ringfence.linux.filters import compile_filter
 from ringfence.plan import firecracker
@@ -39,7 +40,8 @@ _LEAST_CPUS = 0.05
 _VMM_PROCESSES = 160
 _CHANNELS = ("console", "serial link")
 _RING_FILES = 512
-_DISK_NAMES = "abcdefghijklmnopqrstuvwxyz"
+# QEMU's microvm has eight places for virtio devices; one is the serial ports' and one randomness'.
+_DISK_NAMES = "abcdef"
 _RLIMITS = {
     "RLIMIT_FSIZE": 1,
     "RLIMIT_STACK": 3,
@@ -88,7 +90,7 @@ def check(policy: Policy, workload: Workload) -> None:
         raise MountError(
             "the host's own files cannot be the image of a microVM", hint="--image base, or -i linux"
         )
-    for source in workload.sources:
+    for source in _copied(workload):
         if source.kind in ("socket", "fifo"):
             raise MountError(
                 f"the {source.kind} {source.source!r} cannot be in a microVM",
@@ -153,7 +155,7 @@ def machine(
     else:
         line, channels = f"reboot=t panic=-1 quiet console=hvc0 {kernel.cmdline}".strip(), _CHANNELS
         argv = _qemu(program, accelerator, memory, cpus, acpi=kernel.acpi, line=line, disks=len(disks))
-    runtime = host.runtimes[vmm if vmm == firecracker.NAME else QEMU]
+    runtime = host.runtimes[firecracker.NAME if vmm == firecracker.NAME else QEMU]
     return {
         "vmm": vmm or "qemu",
         "program": runtime.path,
@@ -173,6 +175,11 @@ def machine(
     }
 
 
+def _copied(workload: Workload) -> list[Source]:
+    """Return what is mounted of the host's files: a guest has its own devices, whatever the policy lists of these."""
+    return [source for source in workload.sources if source.kind != "device"]
+
+
 def _disks(workload: Workload) -> list[Disk]:
     """The image first, then each mount, which is a copy of what it shows."""
     root: Disk = {
@@ -183,13 +190,13 @@ def _disks(workload: Workload) -> list[Disk]:
         "read_only": True,
     }
     found = [root]
-    if len(workload.sources) >= len(_DISK_NAMES):
+    sources = _copied(workload)
+    if len(sources) >= len(_DISK_NAMES):
         raise MountError(
-            f"{len(workload.sources)} mounts are too many for a microVM", hint="mount a directory around them"
+            f"{len(sources)} mounts are too many for a microVM, which has {len(_DISK_NAMES) - 1} disks for them",
+            hint="mount a directory around them",
         )
-    for place, source in enumerate(
-        sorted(workload.sources, key=lambda source: source.target.count("/")), start=1
-    ):
+    for place, source in enumerate(sorted(sources, key=lambda source: source.target.count("/")), start=1):
         found.append(
             {
                 "device": f"vd{_DISK_NAMES[place]}",
@@ -285,12 +292,15 @@ def _steps(ops: list[Op], user: tuple[int, int]) -> list[str]:
     """Return what the host would stage at the linux tier, for the guest to make of its own memory."""
     found: list[str] = []
     for op in ops:
-        if op["op"] == "directory" and op["at"].startswith("skeleton/"):
-            path = op["at"].removeprefix("skeleton")
+        if op["op"] == "directory" and op["at"].startswith(("skeleton/", "root/")):
+            # In the root, after the tmpfs that it lies in: a mount point.
+            path = op["at"].removeprefix("skeleton").removeprefix("root")
             if not _is_kernels(path):
                 uid, gid = user if op["owner"] == "job" else (0, 0)
                 found.append(f"dir={path}:{op['mode']:o}:{uid}:{gid}")
         elif op["op"] == "file" and op["at"].startswith("skeleton/"):
+            if _is_kernels(op["at"].removeprefix("skeleton")):
+                continue  # a mount point for a device
             found.append(f"file={op['at'].removeprefix('skeleton')}:{op['mode']:o}:{op['text']}")
         elif op["op"] == "tmpfs" and op["at"].startswith("root/"):
             uid, gid = user if op["owner"] == "job" else (0, 0)

@@ -125,10 +125,13 @@ def _executed(link: str, program: str) -> str:
     running = os.stat(link)
     try:
         wanted = os.stat(program)
+        if (running.st_dev, running.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return program
     except FileNotFoundError:
-        return os.readlink(link)
-    same = (running.st_dev, running.st_ino) == (wanted.st_dev, wanted.st_ino)
-    return program if same else os.readlink(link)
+        pass
+    name = os.readlink(link)
+    # In a ring another file may be called just so.
+    return name if name != program else f"another file called {name}"
 
 
 def _served(plan: Plan, gofer: int) -> Seen:

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from ringfence.runtime.base import Instance
 
 SETUP = "/setup"
+# The socket of Firecracker's vsock device, as ringfence.plan.firecracker has it in the machine's document.
+VSOCK = "/run/vsock"
 # The first of the descriptors that are the VMM's.
 FIRST_DISK = 8
-# How a machine comes up: it boots; or it boots to be saved, with its monitor at the descriptor behind the disks, and with
+# How a machine comes up: it boots; or it boots to be saved, with its monitor at the descriptor behind the disks, and
 # nobody at the other end of its link; or it is restored from the descriptor behind the disks.
 BOOT, SAVE, LOAD = "", "save", "load"
 # The link's device in the VMM's command line, and the name of one without the bridge behind it.
@@ -42,7 +44,7 @@ def arguments(plan: Plan, machine: Machine, instance: Instance) -> list[str]:
         "--bridge",
         str(log_bytes),
         SETUP,
-        "1",
+        f"vsock:{VSOCK}" if machine["vmm"] == "firecracker" else "1",
         str(len(machine["disks"]) + bool(instance.snapshot)),
         *(_filled(word, filled) for word in machine["argv"]),
         *more,

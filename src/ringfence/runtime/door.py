@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 # What the runtime and the kernel inside say, in the sandbox's directory; the door writes 64 KiB of it at most.
 WORDS = "runtime.log"
+# The door's own last words, beyond these 64 KiB: the time limit had passed, and the sandbox was still there.
+_LATE = b"\ndeadline\n"
+# After the agent's own limit, which is a second after the host's.
+_GRACE_S = 2.0
 # The host pid of the door, as the runtime says it.
 PID_FILE = "pid"
 _TRACE = 10
@@ -36,6 +40,7 @@ def arguments(plan: Plan, guest: Guest, instance: Instance) -> list[str]:
         plan["oci"]["process"]["args"][0],
         "--door",
         str(log_bytes),
+        str(deadline_ms(plan["time_s"])),
         "/runsc",
         "--root=/state",
         f"--panic-log={words}",
@@ -49,6 +54,11 @@ def arguments(plan: Plan, guest: Guest, instance: Instance) -> list[str]:
         "--pass-fd=4:4",
         instance.id,
     ]
+
+
+def deadline_ms(time_s: float | None) -> int:
+    """Return the door's own time limit in ms: later than the agent's, for when that is stopped; 0 for none."""
+    return 0 if time_s is None else round((time_s + _GRACE_S) * 1000)
 
 
 class Descriptors:
@@ -138,5 +148,23 @@ def words(directory: str, most_bytes: int = 1 << 16) -> str:
         return ""
     try:
         return os.read(fd, most_bytes).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
+
+
+def late_end_ns(directory: str) -> int | None:
+    """Return when the door ended the sandbox because its time was up and the agent inside had not; else None.
+
+    In ns since 1970. The words before are hostile: whoever has taken the kernel inside over can say so too early, as
+    it can in the log.
+    """
+    try:
+        fd = os.open(f"{directory}/{WORDS}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        found = os.fstat(fd)
+        last = os.pread(fd, len(_LATE), max(0, found.st_size - len(_LATE)))
+        return found.st_mtime_ns if last == _LATE else None
     finally:
         os.close(fd)

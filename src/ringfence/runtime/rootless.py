@@ -2,8 +2,9 @@
 
 Mounts need CAP_SYS_ADMIN, which an ordinary user has only inside a user namespace of his own, and only a process
 with a single thread can enter one. So a second interpreter does it: it unshares, waits until newuidmap(1) and
-newgidmap(1) have written its maps, stages the root, and becomes the runtime. Root inside is the user himself, who
-owns the files of the set-up; the job's user and all others inside are subordinate ids of the sandbox's own.
+newgidmap(1) have written its maps, stages the root, goes on into a second one below it, which may not loosen what was
+staged, and becomes the runtime. Root inside is the user himself, who owns the files of the set-up; the job's user and
+all others inside are subordinate ids of the sandbox's own.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int
     if plan["isolation"] != "gvisor":
         return [(0, own, 1), (1, instance.base + 1, size - 1)]
     return [(0, own, 1), (1, instance.base + 1, size - 2), (NOBODY, instance.base + size - 1, 1)]
+
+
+def inside_ranges(plan: Plan) -> list[tuple[int, int]]:
+    """Return the (first, count) of the ids that there are inside."""
+    size = plan["user"]["range_size"]
+    if not size:
+        return [(0, 1)]
+    return [(0, 1), (1, size - 2), (NOBODY, 1)] if plan["isolation"] == "gvisor" else [(0, 1), (1, size - 1)]
 
 
 def _map_own(pid: int) -> None:
@@ -147,10 +156,29 @@ def _child(count: int) -> None:
     libc.make_private("/")
     ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
     Stager(instance.staging, ids, agent).run(plan["stage"])
+    _lock_mounts(plan, agent)
     write_config(plan, instance, userns="")
     options = (_WITH_CGROUP if plan["cgroup_limits"] else _WITHOUT_CGROUP)[plan["runtime"]["name"]]
     argv = command(plan, instance, preserve=count, options=options)
     os.execve(argv[0], argv, dict(os.environ))
+
+
+def _lock_mounts(plan: Plan, agent: str) -> None:
+    """Go on in a user namespace below this one, with the same ids, and a copy of the mounts that it cannot loosen.
+
+    crun mounts the root over itself and takes all flags away from it that it may: ro, nosuid and nodev are gone where
+    they were set in its own user namespace. As root they were not; so they are not here either. See
+    mount_namespaces(7), "Restrictions on mount namespaces".
+    """
+    from ringfence.linux import libc
+    from ringfence.linux.userns import make_userns
+
+    same = [(inside, inside, count) for inside, count in inside_ranges(plan)]
+    userns = make_userns(agent, same, same)
+    libc.setns(userns, libc.CLONE_NEWUSER)
+    os.close(userns)
+    libc.unshare(libc.CLONE_NEWNS)
+    libc.make_private("/")
 
 
 def _receive(fd: int) -> tuple[Plan, Instance]:

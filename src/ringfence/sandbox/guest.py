@@ -110,7 +110,7 @@ def failure(running: Running) -> RingfenceError:
             f"{what} ended before the job started: the memory limit is too small",
             hint="raise limits.memory (--memory)",
         )
-    said = words(running.entry.directory)[-_MOST_WORDS:].replace("\n", "; ")
+    said = _said(running)[-_MOST_WORDS:].replace("\n", "; ")
     if "invalid number of instructions" in said:
         return HostError(
             "the seccomp profile is too large for gVisor's kernel, which takes 4,096 instructions",
@@ -123,6 +123,17 @@ def failure(running: Running) -> RingfenceError:
     if not said:
         hint += "; a seccomp profile of your own must allow what the agent needs (agent/PROTOCOL.md)"
     return HostError(f"{what} could not start the sandbox: {said or 'it said nothing'}", hint=hint)
+
+
+def _said(running: Running) -> str:
+    """Return the words of what runs the sandbox, and of the kernel inside."""
+    said = words(running.entry.directory)
+    machine = running.plan["machine"]
+    if machine is not None and machine["vmm"] == "firecracker":
+        from ringfence.runtime.microvm.firecracker import explain
+
+        return explain(said)
+    return said
 
 
 def _set_limits(running: Running) -> None:
@@ -204,7 +215,7 @@ def _machine_notes(running: Running, *, crashed: bool) -> tuple[str, ...]:
     """Return the end of the guest's console, where a kernel that panics says why."""
     if not crashed:
         return ()
-    lines = [line for line in words(running.entry.directory).splitlines() if line.strip()][-_CONSOLE_LINES:]
+    lines = [line for line in _said(running).splitlines() if line.strip()][-_CONSOLE_LINES:]
     if not lines:
         return ("the microVM was killed, without a word on its console",)
     return ("the microVM ended; the last lines of its console:", *(f"  {line}" for line in lines))

@@ -40,8 +40,6 @@ _MOST_ENV_CHARACTERS = 1 << 16
 _SO_PASSCRED = 16
 _SCM_CREDENTIALS = 2
 _UCRED = Struct("=iII")
-# What runs the job where crun and runc only make the ring around it, for `ps`.
-_KERNELS = {"gvisor": "runsc", "microvm": "qemu"}
 _STAGES = {
     protocol.STAGE_DESCRIPTORS: "its standard streams could not be set up",
     protocol.STAGE_CWD: "the working directory cannot be entered",
@@ -300,7 +298,7 @@ def _reserve(
                 "image_digest": plan["image"]["digest"],
                 "stop_signal": plan["stop_signal"],
                 "isolation": plan["isolation"],
-                "runtime": _KERNELS.get(plan["isolation"], plan["runtime"]["name"]),
+                "runtime": _runner(plan),
                 "time_s": plan["time_s"],
                 "env": _bounded(merged_env(plan["env"], env), plan["env"]),
                 "cwd": cwd or plan["cwd"],
@@ -328,6 +326,14 @@ def _reserve(
         entry.remove()
         entry.unlock()
         raise
+
+
+def _runner(plan: Plan) -> str:
+    """Return what runs the job, for `ps`; where there is a kernel of its own, crun and runc only make the ring."""
+    if plan["isolation"] == "gvisor":
+        return "runsc"
+    machine = plan["machine"]
+    return plan["runtime"]["name"] if machine is None else machine["vmm"]
 
 
 def _held(image: ImageChoice) -> int:
@@ -414,6 +420,11 @@ def _start_runtime(running: Running, descriptors: tuple[int, ...]) -> None:
         running.starting = start_linux(plan, instance, descriptors)
         return
     if plan["isolation"] == "microvm":
+        if plan["machine"] is not None and plan["machine"]["vmm"] == "firecracker":
+            from ringfence.runtime.microvm.firecracker import start as start_firecracker
+
+            running.starting = start_firecracker(plan, instance, descriptors)
+            return
         from ringfence.runtime.microvm.qemu import start as start_qemu
 
         saved = () if running.snapshot_fd < 0 else (running.snapshot_fd,)
@@ -486,8 +497,20 @@ def go(running: Running) -> None:
     """Let the job execute; the time limit counts from here."""
     assert running.connection is not None  # noqa: S101
     running.entry.mark_started()
+    if running.plan["isolation"] == "gvisor":
+        _start_clock(running)
     running.connection.send(protocol.encode_go())
     running.started_s = time.monotonic()
+
+
+def _start_clock(running: Running) -> None:
+    """Tell the door that its time limit counts now: it is the last to keep one when nobody else is there any more."""
+    import signal
+
+    try:
+        signal.pidfd_send_signal(running.pidfd, signal.SIGUSR1)
+    except ProcessLookupError:
+        pass  # what it was the first process of is gone: its end is about to be read
 
 
 def _died(running: Running) -> RingfenceError:

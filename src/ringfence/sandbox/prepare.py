@@ -67,7 +67,8 @@ class Request:
 
     `overrides` are policy fields by dotted YAML key, `additions` are appended to the policy's own lists and
     `sysctls` to its mapping; `runtime` "" is the first that works here. `pull` is "missing", "always" or "never",
-    `platform` "" is this host's; `gvisor_platform` "" is the best that works here; `teller` is told how fetching goes.
+    `platform` "" is this host's; `gvisor_platform` "" is the best that works here, `vmm` "" is QEMU. `teller` is told
+    how fetching goes.
     """
 
     __slots__ = (
@@ -84,6 +85,7 @@ class Request:
         "runtime",
         "sysctls",
         "teller",
+        "vmm",
     )
 
     def __init__(
@@ -101,6 +103,7 @@ class Request:
         platform: str = "",
         gvisor_platform: str = "",
         allow_emulation: bool = False,
+        vmm: str = "",
         teller: Callable[[], Teller] | None = None,
     ) -> None:
         """Hold the facts; `teller` makes one when it is needed."""
@@ -117,6 +120,7 @@ class Request:
         self.platform = platform
         self.gvisor_platform = gvisor_platform
         self.allow_emulation = allow_emulation
+        self.vmm = vmm
         self.teller = teller
 
 
@@ -255,7 +259,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
         unknown_disks=unknown,
         moby=moby,
         noticed=_noticed(layers) if tier == "gvisor" else frozenset(),
-        kernel=_kernel() if tier == "microvm" else None,
+        kernel=_kernel(request.vmm) if tier == "microvm" else None,
         disk=_disk(request, image) if tier == "microvm" else "",
     )
     host = detect_cached(f"{run_dir()}/host.json")
@@ -266,7 +270,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
     if tier == "microvm":
         from ringfence.host.vmm import with_vmm
 
-        host = with_vmm(host, f"{run_dir()}/vmm.json")
+        host = with_vmm(host, f"{run_dir()}/vmm{request.vmm}.json", request.vmm)
     plan = make_plan(
         policy,
         workload,
@@ -274,6 +278,7 @@ def make(request: Request, image: Image) -> tuple[Plan, dict[str, str], Image]:
         runtime=request.runtime or None,
         platform=request.gvisor_platform,
         emulation=request.allow_emulation,
+        vmm=request.vmm,
         allow_unenforced=frozenset(request.allow_unenforced),
     )
     return plan, depends, image
@@ -346,8 +351,8 @@ def _kernel_name(request: Request) -> str:
         return ""
 
 
-def _kernel() -> GuestKernel:
-    """Return the kernel that is chosen for microVMs. Raises HostError when there is none."""
+def _kernel(vmm: str) -> GuestKernel:
+    """Return the kernel that is chosen for microVMs of `vmm`. Raises HostError when there is none."""
     from ringfence.plan.workload import GuestKernel
     from ringfence.runtime.microvm.kernel import find_kernel
 
@@ -359,7 +364,7 @@ def _kernel() -> GuestKernel:
         release=kernel.release,
         acpi=kernel.acpi,
         cmdline=kernel.cmdline,
-        modules=kernel.modules,
+        modules=(*kernel.modules, *(kernel.vsock_modules if vmm == "firecracker" else ())),
     )
 
 
@@ -445,6 +450,7 @@ def _key(request: Request, image: Image) -> str:
         request.platform,
         request.gvisor_platform,
         request.allow_emulation,
+        request.vmm,
         _kernel_name(request),
         request.policy,
         request.overrides,

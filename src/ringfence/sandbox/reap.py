@@ -198,8 +198,17 @@ def _how_it_ended(entry: Entry, group: Cgroup | None) -> dict[str, object]:
     if end is None and ended["oom_killed"]:
         ended["exit_status"] = 137
     if end is None and entry.record().get("isolation") == "gvisor":
-        from ringfence.runtime.door import words
-        from ringfence.sandbox.sentry import last_words
-
-        ended["reason"] = last_words(words(entry.directory))
+        ended |= _guest_end(entry)
     return ended
+
+
+def _guest_end(entry: Entry) -> dict[str, object]:
+    """Return what door and sentry say of an end of which the agent inside did not."""
+    from ringfence.runtime.door import late_end_ns, words
+    from ringfence.sandbox.sentry import last_words
+
+    late_ns = late_end_ns(entry.directory)
+    if late_ns is not None:
+        reason = "its time limit had passed, and the agent inside did nothing"
+        return {"exit_status": 124, "timed_out": True, "ended_ns": late_ns, "reason": reason}
+    return {"reason": last_words(words(entry.directory))}

@@ -37,6 +37,7 @@ def run(
     runtime: str | None = None,
     gvisor_platform: str | None = None,
     allow_emulation: bool = False,
+    vmm: str | None = None,
     stdin: bytes = b"",
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
@@ -48,7 +49,7 @@ def run(
 
     An image's entrypoint comes before `argv`, and its own command in place of an empty one; `pull` says when an
     image is fetched: "missing", "always" or "never". With `allow_emulation` a microVM may do without KVM, and so
-    without a hardware boundary: the proof says so.
+    without a hardware boundary: the proof says so. `vmm` is "qemu", the default, or "firecracker".
 
     `policy` is a preset or a path; `timeout` (seconds) and `isolation` override the policy's own, as does every
     entry of `overrides`, by dotted YAML key ("limits.memory": "512MiB"). `env` is added to the image's
@@ -69,6 +70,7 @@ def run(
         runtime=runtime or "",
         gvisor_platform=gvisor_platform or "",
         allow_emulation=allow_emulation,
+        vmm=vmm or "",
         allow_unenforced=tuple(allow_unenforced),
     )
     plan = plan_for(request)

@@ -1,8 +1,8 @@
 """Boot a machine without a job, and save it for all of its shape to be restored from.
 
-The machine that is saved is a sandbox like any other, in a ring of its own, but without a job and without the host's end
-of its link: its guest boots, opens the link, and waits for somebody at the other end before it says its HELLO. There it
-is saved. A restored guest finds the bridge of its own ring there, and goes on as one that has just booted.
+The machine that is saved is a sandbox like any other, in a ring of its own, but without a job and without the host's
+end of its link: its guest boots, opens the link, and waits for somebody at the other end before it says HELLO. There
+it is saved. A restored guest finds the bridge of its own ring there, and goes on as one that has just booted.
 """
 
 from __future__ import annotations
