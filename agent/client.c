@@ -406,6 +406,8 @@ static void note_prepared(struct client *client) {
 static void note_death(struct client *client, int wait_status) {
   struct job *job = &client->job;
   note_prepared(client);
+  /* A terminal is not watched yet then, and nobody has written to it. */
+  if (job->state == JOB_PREPARING && job->relay.sock < 0) close_sources(job);
   job_ended(job, wait_status);
   job->state = JOB_ENDING;
   job->deadline_at = 0;

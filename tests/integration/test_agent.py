@@ -195,6 +195,16 @@ def test_what_cannot_run(agent: Agent, argv: list[str], cwd: bytes, stage: int, 
     assert agent.wait() == status
 
 
+@pytest.mark.parametrize("flags", [0, TTY, DETACH, TTY | DETACH])
+def test_what_cannot_run_is_told_at_once(agent: Agent, log: tuple[int, Path], flags: int) -> None:
+    """Nothing is waited for that a job which never was could have said, whatever its streams are."""
+    begin = time.monotonic()
+    agent.start("true", flags=flags, cwd=b"/no/such", stdio=(log[0],) if flags & DETACH else None)
+    assert agent.failed()[0] == 3
+    assert agent.wait() == 125
+    assert time.monotonic() - begin < 1
+
+
 def test_no_shell_for_what_is_no_program(agent: Agent, tmp_path: Path) -> None:
     """A text without #! is not given to a shell."""
     script = tmp_path / "script"

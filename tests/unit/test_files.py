@@ -195,6 +195,7 @@ def test_where_it_goes(
     to: str,
     name: str,
     made: str | None,
+    *,
     unpack: Callable[[bytes, str, str], bool],
     tmp_path: Path,
 ) -> None:
@@ -330,10 +331,12 @@ def test_no_symlink_that_is_made_leads_out(data: st.DataObject) -> None:
         target = b"/".join(data.draw(st.lists(names, min_size=1, max_size=5)))
         parts.append(symlink(home + b"/" + data.draw(st.sampled_from([b"b", b"s%d" % place])), target))
     with _directory() as root:
+        for name in "ab":
+            (root / name).mkdir()
         receive(b"".join(parts) + END, root / "x")
         for path in (root / "x").rglob("*"):
-            if path.is_symlink():
-                resolved = Path(os.path.realpath(path))
+            with contextlib.suppress(OSError):  # those that lead nowhere
+                resolved = path.resolve(strict=True)
                 assert resolved.is_relative_to(root / "x"), (os.readlink(path), resolved)
 
 

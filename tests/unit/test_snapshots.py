@@ -15,6 +15,8 @@ import pytest
 from ringfence.errors import HostError, SandboxError
 from ringfence.plan.document import Machine, Plan
 from ringfence.plan.make import make_plan
+from ringfence.runtime.base import Instance
+from ringfence.runtime.bridge import BOOT, LOAD, SAVE, arguments
 from ringfence.runtime.microvm import saving, snapshots
 from ringfence.runtime.microvm.qmp import Monitor
 from ringfence.sandbox import launch
@@ -102,6 +104,33 @@ def test_what_a_guest_is_told_after_its_boot_is_not_in_the_key(plan: Plan) -> No
     other: Plan = {**plan, "env": ["A=1"], "cwd": "/tmp"}
     other["machine"] = {**_machine(plan), "setup": ["uid=7"]}
     assert _key(other) == _key(plan)
+
+
+# The command line
+
+
+def _arguments(plan: Plan, snapshot: str) -> list[str]:
+    instance = Instance(
+        id="a", directory="/run/a", staging="/run/s", base=0, cgroup_path="", snapshot=snapshot
+    )
+    return arguments(plan, _machine(plan), instance)
+
+
+def test_a_machine_to_be_restored_differs_by_its_state_alone(plan: Plan) -> None:
+    """The descriptor behind the disks; QEMU wants all else as it was, and the bridge waits for HELLO as ever."""
+    boots, restored = _arguments(plan, BOOT), _arguments(plan, LOAD)
+    assert (boots[4:6], restored[4:6]) == (["1", "1"], ["1", "2"])
+    assert restored[6:] == [*boots[6:], "-incoming", "fd:9"]
+
+
+def test_a_machine_to_be_saved_has_nobody_at_its_link(plan: Plan) -> None:
+    """Its monitor is the descriptor behind the disks, it waits to be started, and its devices are the same."""
+    boots, saved = _arguments(plan, BOOT)[6:], _arguments(plan, SAVE)[6:]
+    assert saved[len(boots) :] == [
+        *("-chardev", "socket,id=monitor,fd=9", "-mon", "chardev=monitor,mode=control", "-S")
+    ]
+    differ = [pair for pair in zip(boots, saved, strict=False) if pair[0] != pair[1]]
+    assert differ == [("virtserialport,chardev=link,name=link", "virtserialport,id=link,name=link")]
 
 
 # The store

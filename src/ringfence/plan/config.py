@@ -2,7 +2,7 @@
 
 from ringfence.host.facts import Host
 from ringfence.host.sources import Source
-from ringfence.plan.document import Control, Value
+from ringfence.plan.document import Control, Op, Owner, Value
 from ringfence.plan.limits import Disks, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, Namespace, OciConfig
 from ringfence.plan.seccomp_match import LinuxSeccomp
@@ -12,6 +12,9 @@ from ringfence.policy.model import Policy
 
 # Filled in for each sandbox by ringfence.runtime.bundle.
 BY_RUN = "(set for each sandbox)"
+# Stands in a mount's source for the sandbox's staging directory.
+STAGE = "@STAGE@"
+_KVM = "devices/kvm"
 RANGE_SIZE = 65536
 APPARMOR_PROFILE = "ringfence-default"
 NAMESPACES = ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")
@@ -111,6 +114,27 @@ def config(
     if apparmor(policy, host):
         found["process"]["apparmorProfile"] = APPARMOR_PROFILE
     return found
+
+
+def kvm_node(host: Host, owner: Owner) -> list[Op]:
+    """Return what stages /dev/kvm for a ring: the host's own may be opened by nobody in it.
+
+    Without root no node can be made, and the host's must do: then the caller's group has to be let in by its mode.
+    """
+    if host.rootless:
+        return []
+    return [{"op": "node", "at": _KVM, "number": "10:232", "owner": owner}]
+
+
+def kvm_mount(host: Host) -> Mount:
+    """Return the mount that shows a ring its /dev/kvm."""
+    source = "/dev/kvm" if host.rootless else f"{STAGE}/{_KVM}"
+    return {
+        "destination": "/dev/kvm",
+        "type": "bind",
+        "source": source,
+        "options": ["bind", "nosuid", "noexec"],
+    }
 
 
 def apparmor(policy: Policy, host: Host) -> bool:

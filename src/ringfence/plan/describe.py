@@ -30,6 +30,8 @@ def describe(op: Op) -> str:
         return f"file {where}, a copy of the host's {one_line(op['source'])}"
     if op["op"] == "symlink":
         return f"symlink {where} -> {one_line(op['target'])}"
+    if op["op"] == "node":
+        return f"character device {op['number']} as {where}, of the {op['owner']}'s alone"
     if op["op"] == "initrd":
         return f"the guest's first file system as {where}, with {len(op['modules'])} modules"
     if op["op"] == "agent":

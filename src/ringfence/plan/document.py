@@ -112,6 +112,15 @@ class Initrd(TypedDict):
     modules: list[str]
 
 
+class Node(TypedDict):
+    """Make a character device of the ring's own, which only `owner` may open; `number` is "10:232"."""
+
+    op: Literal["node"]
+    at: str
+    number: str
+    owner: Owner
+
+
 class Hide(TypedDict):
     """Unmount `path` in the private mount namespace of the set-up."""
 
@@ -119,7 +128,7 @@ class Hide(TypedDict):
     path: str
 
 
-Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Initrd | Bind | Share | Overlay | Hide
+Op = Tmpfs | Directory | File | HostFile | Symlink | Agent | Initrd | Node | Bind | Share | Overlay | Hide
 
 Vantage = Literal["observed", "reported", "probed", "not observable"]
 Value = str | int | bool | None | list[str]

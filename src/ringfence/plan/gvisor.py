@@ -11,7 +11,7 @@ import msgspec
 
 from ringfence.errors import HostError, MountError
 from ringfence.host.facts import Host
-from ringfence.plan.config import BY_RUN, NAMESPACES
+from ringfence.plan.config import BY_RUN, NAMESPACES, kvm_mount, kvm_node
 from ringfence.plan.document import Control, Guest, Op, Value
 from ringfence.plan.gvisor_compat import warnings
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
@@ -379,7 +379,7 @@ def _served(ops: list[Op]) -> list[tuple[str, bool]]:
     return found
 
 
-def ring_stage(ops: list[Op], limits: Limits, program: str) -> list[Op]:
+def ring_stage(ops: list[Op], host: Host, limits: Limits, guest: Guest) -> list[Op]:
     """Return `ops` and what the ring has beside the job's root: the door, runsc, room for its state, shared memory."""
     mine: list[Op] = [
         {"op": "directory", "at": name, "mode": 0o755, "owner": "root"}
@@ -400,7 +400,7 @@ def ring_stage(ops: list[Op], limits: Limits, program: str) -> list[Op]:
     mine.append(
         {
             "op": "bind",
-            "source": program,
+            "source": guest["program"],
             "at": PROGRAM.removeprefix("/"),
             "below": "stage",
             "kind": "file",
@@ -408,6 +408,7 @@ def ring_stage(ops: list[Op], limits: Limits, program: str) -> list[Op]:
             "read_only": True,
         }
     )
+    mine += kvm_node(host, "root") if guest["platform"] == "kvm" else []
     # The gofer mounts what it serves below the root that it serves: there must be a place for it.
     place: Op = {"op": "directory", "at": "skeleton/dev/shm", "mode": 0o755, "owner": "root"}
     found: list[Op] = []
@@ -479,7 +480,7 @@ def ring(
             "noNewPrivileges": True,
         },
         "hostname": BY_RUN,
-        "mounts": _ring_mounts(platform),
+        "mounts": _ring_mounts(platform, host),
         "linux": {
             "namespaces": [
                 {"type": kind, "path": BY_RUN} if kind == "user" else {"type": kind} for kind in kinds
@@ -498,7 +499,7 @@ def ring(
     }
 
 
-def _ring_mounts(platform: str) -> list[Mount]:
+def _ring_mounts(platform: str, host: Host) -> list[Mount]:
     small = ["nosuid", "nodev", "noexec"]
     mounts: list[Mount] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": small},
@@ -522,14 +523,7 @@ def _ring_mounts(platform: str) -> list[Mount]:
         },
     ]
     if platform == "kvm":
-        mounts.append(
-            {
-                "destination": "/dev/kvm",
-                "type": "bind",
-                "source": "/dev/kvm",
-                "options": ["bind", "nosuid", "noexec"],
-            }
-        )
+        mounts.append(kvm_mount(host))
     return mounts
 
 

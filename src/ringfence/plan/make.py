@@ -222,7 +222,7 @@ def _gvisor(given: _Given) -> _Parts:
         limited=given.limited,
         skip=skip,
     )
-    ops = gvisor.ring_stage(given.ops, policy.limits, made["program"])
+    ops = gvisor.ring_stage(given.ops, host, policy.limits, made)
     return _Parts(ops=ops, oci=oci, guest=made, controls=controls, samples=[])
 
 

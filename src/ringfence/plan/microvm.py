@@ -16,7 +16,7 @@ from ringfence.host.sources import Source
 from ringfence.linux.capabilities import mask
 from ringfence.linux.filters import compile_filter
 from ringfence.plan import firecracker
-from ringfence.plan.config import BY_RUN, MASKED, MASKED_SYS, NAMESPACES, READ_ONLY
+from ringfence.plan.config import BY_RUN, MASKED, MASKED_SYS, NAMESPACES, READ_ONLY, kvm_mount, kvm_node
 from ringfence.plan.document import Control, Disk, Machine, Op, Value
 from ringfence.plan.limits import AGENT_PROCESSES, Disks, cgroup_controls, resources, rlimits
 from ringfence.plan.oci import Capabilities, Mount, OciConfig
@@ -284,7 +284,7 @@ def _setup(
 
 
 def _masked(policy: Policy) -> list[str]:
-    """Return what is hidden at the linux tier as well: here it tells of the guest's kernel, no business of the job's."""
+    """Return what is hidden at the linux tier as well: here it tells of the guest's kernel."""
     return [*MASKED, *(MASKED_SYS if policy.filesystem.sysfs else ())]
 
 
@@ -344,6 +344,7 @@ def ring_stage(host: Host, made: Machine, limits: Limits) -> list[Op]:
     # Where QEMU looks for its modules and firmware depends on where it is itself.
     for path, source in host.vmm.files.items():
         ops += _shown(source, path.removeprefix("/"))
+    ops += kvm_node(host, "job") if made["accelerator"] == "kvm" else []
     ops += _shown(made["kernel_path"], "kernel")
     ops.append({"op": "initrd", "at": "initrd", "modules": made["modules"]})
     if made["vmm"] == firecracker.NAME:
@@ -417,7 +418,7 @@ def ring(
             "noNewPrivileges": True,
         },
         "hostname": BY_RUN,
-        "mounts": _ring_mounts(accelerator),
+        "mounts": _ring_mounts(accelerator, host),
         "linux": {
             "namespaces": [
                 {"type": kind, "path": BY_RUN} if kind == "user" else {"type": kind} for kind in kinds
@@ -435,7 +436,7 @@ def ring(
     }
 
 
-def _ring_mounts(accelerator: str) -> list[Mount]:
+def _ring_mounts(accelerator: str, host: Host) -> list[Mount]:
     mounts: list[Mount] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "nodev", "noexec"]},
         {
@@ -446,14 +447,7 @@ def _ring_mounts(accelerator: str) -> list[Mount]:
         },
     ]
     if accelerator == "kvm":
-        mounts.append(
-            {
-                "destination": "/dev/kvm",
-                "type": "bind",
-                "source": "/dev/kvm",
-                "options": ["bind", "nosuid", "noexec"],
-            }
-        )
+        mounts.append(kvm_mount(host))
     return mounts
 
 

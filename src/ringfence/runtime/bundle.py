@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ringfence.runtime.base import Instance
 
 
+# Stands in a plan for the sandbox's staging directory: ringfence.plan.config.
+STAGE = "@STAGE@"
+
+
 def instantiate(plan: Plan, instance: Instance, *, userns: str) -> OciConfig:
     """Return the plan's OCI object with the instance's name, ids and cgroup filled in; the plan is not changed.
 
@@ -28,6 +32,9 @@ def instantiate(plan: Plan, instance: Instance, *, userns: str) -> OciConfig:
         **oci,
         "root": {**oci["root"], "path": f"{instance.staging}/root"},
         "hostname": instance.id,
+        "mounts": [
+            {**mount, "source": mount["source"].replace(STAGE, instance.staging)} for mount in oci["mounts"]
+        ],
         "linux": {
             **linux,
             "namespaces": namespaces,  # type: ignore[typeddict-item]

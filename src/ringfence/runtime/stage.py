@@ -73,6 +73,8 @@ class Stager:
     def _one(self, op: Op) -> None:
         if op["op"] == "directory":
             self._directory(op["at"], op["mode"], op["owner"])
+        elif op["op"] == "node":
+            self._node(op["at"], op["number"], op["owner"])
         elif op["op"] == "initrd":
             self._initrd(op["at"], op["modules"])
         elif op["op"] == "file":
@@ -126,6 +128,16 @@ class Stager:
             os.fchown(made, *self.ids.of(owner))
         finally:
             os.close(made)
+
+    def _node(self, at: str, number: str, owner: Owner) -> None:
+        """Make a device node in a directory of its own, the one mount here on which a node can be opened."""
+        home, _, _ = at.rpartition("/")
+        self._directory(home, 0o755, "root")
+        libc.mount("tmpfs", home, "tmpfs", libc.MS_NOSUID, "size=4096,nr_inodes=4,mode=755")
+        major, _, minor = number.partition(":")
+        os.mknod(at, stat.S_IFCHR | 0o600, os.makedev(int(major), int(minor)))
+        os.chown(at, *self.ids.of(owner), follow_symlinks=False)
+        os.chmod(at, 0o600)
 
     def _initrd(self, at: str, modules: list[str]) -> None:
         from ringfence.runtime.initrd import initrd

@@ -43,8 +43,12 @@ def snapshot_for(running: Running, wake_fd: int = -1, interrupted: Callable[[], 
 def distrust(running: Running) -> None:
     """Remove the snapshot that `running` did not come up from."""
     machine = running.plan["machine"]
-    if machine is not None and running.instance.snapshot == LOAD:
+    if machine is None or running.instance.snapshot != LOAD:
+        return
+    try:
         snapshots.drop(state_dir(), snapshots.key(running.plan, machine))
+    except OSError:  # a file that the key is made of has gone, so that nobody finds the snapshot any more
+        return
 
 
 def _made(running: Running, state: str, name: str, wake_fd: int, interrupted: Callable[[], bool]) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A boot under emulation on a busy machine, and the writing of some ten megabytes.
 _MAKE_S = 40.0
+# The state of the devices, and the little that goes with each page of memory.
+_DEVICES_BYTES = 64 << 20
 
 
 class Patience:
@@ -53,7 +55,7 @@ class Patience:
 
 def save(plan: Plan, descriptor: int, patience: Patience) -> None:
     """Boot a machine of `plan`, save it into `descriptor`, and end it. Raises SandboxError, HostError, Interrupted."""
-    running = launch.reserve(plan, "(saving a booted machine)")
+    running = launch.reserve(_bounded(plan), "(saving a booted machine)")
     running.instance.snapshot = SAVE
     try:
         machine = _Machine(running)
@@ -63,6 +65,15 @@ def save(plan: Plan, descriptor: int, patience: Patience) -> None:
             machine.close()
     finally:
         running.close()
+
+
+def _bounded(plan: Plan) -> Plan:
+    """Return `plan` with a bound on what its VMM may write, which may be in the hands of a hostile image already."""
+    machine, process = plan["machine"], plan["oci"]["process"]
+    assert machine is not None  # noqa: S101 - snapshots.possible has seen to it
+    most = machine["memory_bytes"] + _DEVICES_BYTES
+    limits = [*process["rlimits"], {"type": "RLIMIT_FSIZE", "soft": most, "hard": most}]
+    return {**plan, "oci": {**plan["oci"], "process": {**process, "rlimits": limits}}}  # type: ignore[typeddict-item]
 
 
 class _Machine:
