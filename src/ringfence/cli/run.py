@@ -46,7 +46,7 @@ FLAGS = (
     Flag("--name", default="", metavar="NAME", help="call the sandbox NAME"),
     Flag("--rm", kind="switch", help="with -d: remove it when it ends (always so without -d)"),
     *JOB,
-    Flag("--no-snapshot", kind="switch", help="boot a microVM, restore it from no saved one"),
+    Flag("--no-snapshot", kind="switch", help="boot a microVM instead of restoring a saved one"),
     Flag("--trace", kind="switch", help="print the job's system calls on stderr (-i gvisor)"),
     Flag("--proof", metavar="FILE", help="write the proof as JSON; '-' prints its table on stderr"),
     Flag("--usage", kind="switch", help="print on stderr what it used"),

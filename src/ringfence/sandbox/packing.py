@@ -125,7 +125,7 @@ def _objection(path: bytes, entry: Entry, *, rooted: bool) -> str:
         return ""
     if entry.kind not in _TAKEN:
         return "is no file, directory or symlink"
-    if rooted and entry.kind == tarstream.SYMLINK and leads_out(entry.link, path.count(b"/")):
+    if rooted and entry.kind == tarstream.SYMLINK and (not path or leads_out(entry.link, path.count(b"/"))):
         return f"is a symlink to {shown(entry.link)}, which leads out"
     return ""
 
