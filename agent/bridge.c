@@ -29,6 +29,11 @@
 enum { EXTRA = 8, MOST_EXTRAS = 32, MOST_COMMAND_BYTES = 1 << 16 };
 enum { FRAMES_A_TURN = 4, WINDOWS = LINK_CHANNELS * (LINK_STREAMS - 1) };
 enum { EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
+/* Of the words; of what comes after these, the last is kept. */
+enum { FIRST_WORDS_BYTES = 1 << 15 };
+/* The agent in the guest keeps the main job's time, a second later than the host. A guest that has been taken over does
+   not: this is how much later it is kept here, for a detached job that nobody else watches. */
+enum { LATE_MS = 2000 };
 /* After SHUTDOWN; the agent in the guest takes ENDING_MS, and all of it may be emulated. */
 enum { SHUTDOWN_MS = 4000 };
 /* After the main job's end no process is left to write. This is what its pipes and the link can still hold, at the
@@ -64,6 +69,7 @@ static struct {
   int listener;
   int signals;
   struct drain words;
+  struct tail tail; /* of the words */
   uint64_t log_bytes;
   uint8_t *setup; /* its text, until it is sent */
   size_t setup_bytes;
@@ -77,6 +83,9 @@ static struct {
   int status;
   int64_t accept_after; /* something was short */
   int64_t end_by;       /* whatever happens */
+  uint32_t deadline_ms; /* of the main job's START; 0: none */
+  int64_t deadline_at;  /* its time is up, and that of the guest to say so */
+  bool late;            /* which is why this ends */
   int64_t vmm_by;       /* the VMM has this long to end */
   int64_t hung_by;      /* the launcher has gone, but had something to say to a guest that does not read */
   int64_t last_by;      /* the guest has this long to send the last of the main job's output */
@@ -98,7 +107,7 @@ static struct peer *const no_peer = &bridge.peers[LINK_CHANNELS];
 /* Words */
 
 static void say_word(const char *text) {
-  store(bridge.words.to, &bridge.words.left, (const uint8_t *)text, strlen(text));
+  drain_keep(&bridge.words, (const uint8_t *)text, strlen(text));
 }
 
 /* What a guest says of itself: no control characters reach a file that somebody may look at. */
@@ -204,12 +213,18 @@ static bool take_pipes(struct peer *peer, int *descriptors) {
   return receive(peer, 1, descriptors + 1) && receive(peer, 2, descriptors + 2);
 }
 
+static void start_clock(const struct peer *peer) {
+  if (peer == main_peer && bridge.deadline_ms > 0) bridge.deadline_at = now_ms() + bridge.deadline_ms + LATE_MS;
+}
+
 static bool on_start(struct peer *peer) {
   uint8_t flags = peer->wire.header.flags;
   int *descriptors = peer->wire.descriptors;
   if (peer->started || streams_of(flags) == 0) return false;
   peer->started = true;
   peer->flags = flags;
+  if (peer == main_peer) bridge.deadline_ms = get_u32(peer->wire.payload);
+  if (!(flags & START_HOLD)) start_clock(peer);
   if (flags & START_DETACH) return take_log(peer, descriptors);
   bool taken = flags & START_RELAY ? take_terminal(peer, descriptors) : take_pipes(peer, descriptors);
   peer->line.flows[0].paused = true;
@@ -227,6 +242,7 @@ static bool on_host_frame(struct peer *peer) {
       if (!peer->started || peer->go || !(peer->flags & START_HOLD)) return false;
       peer->go = true;
       start_input(peer);
+      start_clock(peer);
       return true;
     case REPORT:
       if (!peer->prepared || is_let_go(peer) || peer->reporting) return false;
@@ -552,7 +568,15 @@ static void switch_off(int64_t now) {
   bridge.vmm_by = now + ENDING_MS;
 }
 
+static void keep_time(int64_t now) {
+  if (bridge.main_over) bridge.deadline_at = INT64_MAX; /* it has ended before, if only just */
+  if (now < bridge.deadline_at) return;
+  bridge.late = true;
+  end_now(EXIT_OWN_FAILURE);
+}
+
 static void see_to_end(int64_t now) {
+  keep_time(now);
   switch_off(now);
   if (now >= bridge.end_by) end_now(bridge.status);
   if (now >= bridge.hung_by && main_peer->wire.sock >= 0) end_now(EXIT_OWN_FAILURE);
@@ -659,13 +683,14 @@ static void say_what_is_owed(void) {
 
 static int timeout_ms(int64_t now) {
   if (bridge.reap_again || (bridge.vmm == 0 && !bridge.gone)) return 0;
-  const int64_t ticks[] = {bridge.end_by, bridge.vmm_by, bridge.hung_by, bridge.last_by, bridge.linger_by,
-                           bridge.accept_after, bridge.dial.again_at};
+  const int64_t ticks[] = {bridge.end_by,    bridge.deadline_at,  bridge.vmm_by,       bridge.hung_by, bridge.last_by,
+                           bridge.linger_by, bridge.accept_after, bridge.dial.again_at};
   int64_t next = INT64_MAX;
   for (size_t i = 0; i < sizeof ticks / sizeof *ticks; i++) {
     if (ticks[i] > now && ticks[i] < next) next = ticks[i]; /* those that have passed were seen to */
   }
-  return next == INT64_MAX ? -1 : (int)(next - now);
+  if (next == INT64_MAX) return -1;
+  return next - now < INT32_MAX ? (int)(next - now) : INT32_MAX;
 }
 
 /* One round; waits `most_ms` at most (-1: until something happens). */
@@ -757,7 +782,8 @@ static bool start_vmm(char **argv, int extras, const char *vsock) {
   int link;
   int pipes[2];
   if (!make_link(&link, vsock) || pipe2(pipes, O_CLOEXEC) != 0) return false;
-  if (!drain_open(&bridge.words, pipes[0], WORDS, MOST_WORDS_BYTES) || !give_up_privileges()) return false;
+  if (!drain_open(&bridge.words, pipes[0], WORDS, FIRST_WORDS_BYTES) || !give_up_privileges()) return false;
+  bridge.words.tail = &bridge.tail;
   bridge.vmm = fork();
   if (bridge.vmm == 0) become_vmm(argv, link, pipes[1], extras);
   if (link >= 0) close(link);
@@ -786,7 +812,7 @@ static bool read_setup(const char *path) {
 
 /* Everything but descriptors of the ring. */
 static bool open_bridge(void) {
-  bridge.end_by = bridge.vmm_by = bridge.hung_by = bridge.last_by = bridge.linger_by = INT64_MAX;
+  bridge.deadline_at = bridge.end_by = bridge.vmm_by = bridge.hung_by = bridge.last_by = bridge.linger_by = INT64_MAX;
   bridge.dial.again_at = INT64_MAX;
   for (struct peer *peer = main_peer; peer < no_peer; peer++) wire_open(&peer->wire, -1);
   size_t bytes = (size_t)WINDOWS * LINK_WINDOW_BYTES;
@@ -811,6 +837,8 @@ static bool set_up(int extras) {
 static _Noreturn void leave(void) {
   if (bridge.vmm > 0) kill(bridge.vmm, SIGKILL);
   drain_last(&bridge.words);
+  drain_end(&bridge.words);
+  if (bridge.late) say_late();
   _exit(bridge.status);
 }
 

@@ -330,21 +330,24 @@ static void make_directory_entry(int parent, const char *name, const char *clean
   if (!S_ISDIR(about.st_mode)) fail(ENOTDIR, entry.name);
 }
 
-static void take_content(int file) {
+static bool take_content(int file) {
   for (uint64_t left = entry.size; left > 0;) {
     size_t part = left < sizeof piece ? (size_t)left : sizeof piece;
-    get(piece, part, entry.name);
-    if (!write_all(file, piece, part)) fail(errno, entry.name);
+    errno = EPIPE;
+    if (!read_all(piece, part) || !write_all(file, piece, part)) return false;
     left -= part;
   }
-  get(piece, (size_t)(tar_padded(entry.size) - entry.size), entry.name);
+  errno = EPIPE;
+  return read_all(piece, (size_t)(tar_padded(entry.size) - entry.size));
 }
 
 static void make_file_entry(int parent, const char *name) {
   int file = openat(parent, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, WHILE_UNPACKED);
   if (file < 0) fail(errno, entry.name);
-  take_content(file);
-  if (fchmod(file, entry.mode) != 0 || !set_times(file, entry.mtime) || close(file) != 0) fail(errno, entry.name);
+  if (take_content(file) && fchmod(file, entry.mode) == 0 && set_times(file, entry.mtime) && close(file) == 0) return;
+  int error = errno;
+  unlinkat(parent, name, 0); /* half of it is none */
+  fail(error, entry.name);
 }
 
 static void make_hard_link(int parent, const char *name) {
@@ -387,7 +390,7 @@ static void unpack_entry(void) {
     make_top();
     return;
   }
-  if (root < 0) fail(EINVAL, entry.name);
+  if (root < 0) fail(only_directory ? ENOENT : EINVAL, ".");
   leave_directories(clean_path);
   const char *last = strrchr(clean_path, '/');
   int parent = open_at(clean_path, last ? (size_t)(last - clean_path) : 0, true);

@@ -29,6 +29,23 @@ void store(int file, uint64_t *left, const uint8_t *bytes, size_t length) {
   }
 }
 
+static void tail_add(struct tail *tail, const uint8_t *bytes, size_t length) {
+  while (length > 0) {
+    size_t at = (size_t)(tail->seen % TAIL_BYTES);
+    size_t part = length < TAIL_BYTES - at ? length : TAIL_BYTES - at;
+    memcpy(tail->bytes + at, bytes, part);
+    tail->seen += part;
+    bytes += part;
+    length -= part;
+  }
+}
+
+void drain_keep(struct drain *drain, const uint8_t *bytes, size_t length) {
+  size_t first = length < drain->left ? length : (size_t)drain->left;
+  store(drain->to, &drain->left, bytes, first);
+  if (drain->tail) tail_add(drain->tail, bytes + first, length - first);
+}
+
 bool drain_open(struct drain *drain, int from, int to, uint64_t bytes) {
   *drain = (struct drain){.from = from, .to = to, .left = bytes};
   return fcntl(from, F_SETFL, O_NONBLOCK) == 0;
@@ -41,12 +58,37 @@ enum moved drain_move(struct drain *drain) {
   if (count < 0 && errno == EINTR) return MOVED;
   if (count < 0 && errno == EAGAIN) return EMPTY;
   if (count <= 0) return OVER;
-  store(drain->to, &drain->left, piece, (size_t)count);
+  drain_keep(drain, piece, (size_t)count);
   return MOVED;
 }
 
 void drain_last(struct drain *drain) {
-  for (int i = 0; i < LAST_PIECES && drain->left > 0 && drain_move(drain) == MOVED; i++) continue;
+  for (int i = 0; i < LAST_PIECES && (drain->left > 0 || drain->tail); i++) {
+    if (drain_move(drain) != MOVED) return;
+  }
+}
+
+void drain_end(struct drain *drain) {
+  static const uint8_t gap[] = "\n[some is left out here]\n";
+  struct tail *tail = drain->tail;
+  uint64_t room = TAIL_BYTES + sizeof gap;
+  drain->left = 0;
+  drain->tail = NULL;
+  if (!tail) return;
+  if (tail->seen <= TAIL_BYTES) {
+    store(drain->to, &room, tail->bytes, (size_t)tail->seen);
+    return;
+  }
+  size_t at = (size_t)(tail->seen % TAIL_BYTES);
+  store(drain->to, &room, gap, sizeof gap - 1);
+  store(drain->to, &room, tail->bytes + at, TAIL_BYTES - at);
+  store(drain->to, &room, tail->bytes, at);
+}
+
+void say_late(void) {
+  static const uint8_t mark[] = "\ndeadline\n";
+  uint64_t room = sizeof mark - 1;
+  store(WORDS, &room, mark, sizeof mark - 1);
 }
 
 void hand_on(int feed, int sock) {

@@ -13,11 +13,19 @@ enum { MOST_WORDS_BYTES = 1 << 16 };
 enum { ACCEPT_AGAIN_MS = 1000, ENDING_MS = 2000 };
 enum { SIGNALS_A_TURN = 8, REAPED_A_TURN = 64 };
 
+/* The last of what was beyond a bound. */
+enum { TAIL_BYTES = 1 << 14 };
+struct tail {
+  uint64_t seen; /* all that was beyond */
+  uint8_t bytes[TAIL_BYTES];
+};
+
 /* Bytes on their way from a pipe into a file, up to a bound; what is beyond is read and dropped. */
 struct drain {
   int from; /* -1: nobody can write to it any more */
   int to;
   uint64_t left;
+  struct tail *tail; /* or NULL: the last of it is kept here */
 };
 
 enum moved { MOVED, EMPTY, OVER };
@@ -25,6 +33,9 @@ enum moved { MOVED, EMPTY, OVER };
 /* Write to a regular file of the host's, `left` bytes at most. What has no room on a full disk is dropped, as is all
    that follows. */
 void store(int file, uint64_t *left, const uint8_t *bytes, size_t length);
+
+/* Bytes that come from elsewhere, as if they were from the pipe. */
+void drain_keep(struct drain *drain, const uint8_t *bytes, size_t length);
 
 /* Make `from` non-blocking and drain it into `to`. */
 bool drain_open(struct drain *drain, int from, int to, uint64_t bytes);
@@ -34,6 +45,12 @@ enum moved drain_move(struct drain *drain);
 
 /* Keep what the pipe still holds. Bounded, for whoever has not been killed yet may go on writing. */
 void drain_last(struct drain *drain);
+
+/* Write the tail out, with a line in the place of what is missing before it. Nothing is kept after it. */
+void drain_end(struct drain *drain);
+
+/* The last of the words of a ring whose time was up, for whoever finds no end in the log: see PROTOCOL.md. */
+void say_late(void);
 
 /* Send `sock` over `feed`, to an agent that takes its connections from there. When its queue is full, or nobody at its
    end, nothing is sent: with its last descriptor the connection closes, which its other side sees. Never waits. */

@@ -4,6 +4,7 @@ Its kernel and its system are Debian's own packages, bootstrapped once and kept 
 with its environment, is a second disk of each run. `main` runs pytest in it and prints what that prints.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -82,6 +83,12 @@ def prepare(say: Callable[[str], None]) -> Disks:
     """Return the disks of the machine; made now, in a minute or two, where the cache has none for these packages."""
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _prepared(cache, say)
+
+
+def _prepared(cache: Path, say: Callable[[str], None]) -> Disks:
     suite = host_suite(Path("/etc/os-release").read_text())
     states = {name: cache / name for name in ("system", "state")}
     for state in states.values():
@@ -168,7 +175,16 @@ def _command(disks: Disks, source: Path, script: Path) -> list[str | Path]:
     works = detect().kvm == "works"
     khz = tsc_khz()
     words = "reboot=t panic=-1 quiet console=hvc0" + (f" tsc_early_khz={khz}" if khz and not works else "")
-    command: list[str | Path] = [QEMU, "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
+    # Gone with us, however we end.
+    command: list[str | Path] = [
+        "setpriv",
+        "--pdeathsig=KILL",
+        QEMU,
+        "-nodefaults",
+        "-no-user-config",
+        "-nographic",
+        "-no-reboot",
+    ]
     command += ["-M", "microvm,isa-serial=off", "-accel", "kvm" if works else "tcg,thread=multi"]
     command += ["-cpu", "host" if works else "max", "-smp", "2", "-m", f"{MEMORY_MIB}M"]
     command += ["-kernel", disks.kernel, "-initrd", disks.initrd, "-append", words]
@@ -210,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
 
     return run(
         pytest_words(arguments),
-        timeout_s=3 * 3600,
+        timeout_s=3600,
         say=lambda text: print(f"test-cgroup2: {text}", file=sys.stderr),
         out=out,
     )

@@ -112,7 +112,7 @@ out({{'text': text, 'host': os.uname().nodename, 'sys': os.listdir('/sys')}})
     found = ask(user, code)
     assert isinstance(found, dict)
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    for word in (str(probes), "/var/lib", "/run/ringfence", "ringfence-run-", "/dev/vd", "lowerdir=/"):
+    for word in (str(probes), "/var/lib", "/run/ringfence", "ringfence-run-", "lowerdir=/"):
         assert word not in found["text"], word
     assert found["host"] != os.uname().nodename
     if model is not None and "QEMU" not in model[1] and ringfence_emulates(user):

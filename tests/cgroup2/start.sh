@@ -2,6 +2,7 @@
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 HOME=/root
 mount -t proc -o nosuid,nodev,noexec proc /proc
 mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+mount -t securityfs -o nosuid,nodev,noexec securityfs /sys/kernel/security
 mount -t cgroup2 -o nosuid,nodev,noexec,nsdelegate cgroup2 /sys/fs/cgroup
 mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs /run
 mkdir -p /dev/pts /dev/shm
@@ -11,5 +12,7 @@ mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs /dev/shm
 chmod u+s /usr/bin/newuidmap /usr/bin/newgidmap
 echo machine > /proc/sys/kernel/hostname
 tr -d '\0' < /dev/vdc > /run/words.sh
+# What a machine usually has, some of which tests ask for or look at.
+modprobe -a dummy fuse loop
 exec < /dev/null
 . /run/words.sh

@@ -45,7 +45,7 @@ def inside(box: Cli, script: str) -> bytes:
 
 
 # Files that cost the sandbox nothing, and seconds to be copied.
-MANY = "mkdir /tmp/many; cd /tmp/many; for i in $(seq 300); do truncate -s 16M $i; done"
+MANY = "mkdir /tmp/many; cd /tmp/many; truncate -s 16M $(seq 300)"
 
 
 SWAPPER = """import os
@@ -157,7 +157,7 @@ def test_dockers_rules(box: Cli, tmp_path: Path) -> None:
     (tmp_path / "d/f").write_bytes(b"one")
     inside(box, "mkdir /tmp/there")
     box("cp", str(tmp_path / "d"), "box:/tmp/there")
-    box("cp", str(tmp_path / "d/."), "box:/tmp/there/")
+    box("cp", f"{tmp_path}/d/.", "box:/tmp/there/")
     box("cp", str(tmp_path / "d"), "box:tmp/new")
     box("cp", str(tmp_path / "d/f"), "box:/tmp/there/g")
     assert inside(box, "cd /tmp; find there new | sort").split() == [
@@ -171,7 +171,7 @@ def test_dockers_rules(box: Cli, tmp_path: Path) -> None:
     ]
     (tmp_path / "out").mkdir()
     box("cp", "box:/tmp/there", str(tmp_path / "out"))
-    box("cp", "box:/tmp/new/.", str(tmp_path / "out/"))
+    box("cp", "box:/tmp/new/.", f"{tmp_path}/out/")
     box("cp", "box:/tmp/there/g", "name", cwd=tmp_path)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"d/f", "name", "out/f", "out/there/d/f", "out/there/f", "out/there/g"}
@@ -222,7 +222,7 @@ def test_refusals(box: Cli, tmp_path: Path) -> None:
     refused(box("cp", here, "box:/etc/f", status=125), 125, "'/etc/f'")
     refused(box("cp", here, "box:/tmp/f", status=125), 125, "No space left")
     refused(box("cp", here, "box:/etc/hostname/", status=125), 125, "Not a directory")
-    refused(box("cp", "box:/etc/hostname", f"{here}/", status=125), 125, "is no directory")
+    refused(box("cp", "box:/etc/hostname", f"{here}/", status=125), 125, "Not a directory")
     refused(box("cp", "box:/etc/hostname", "/dev/null", status=125), 125, "neither a file nor a directory")
     assert b"nothing was copied" in box("cp", "box:/dev/null", target, status=125).stderr
     refused(box("cp", "box:/etc", here, status=125), 125, "in the way")
@@ -230,7 +230,7 @@ def test_refusals(box: Cli, tmp_path: Path) -> None:
     refused(box("cp", here, target, status=2), 2, "one of SRC and DST")
     refused(box("cp", "box:/a", "box:/b", status=2), 2, "one of SRC and DST")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
-    inside(box, "rm -f /tmp/f")
+    assert inside(box, "ls /tmp") == b""
 
 
 def test_a_link_is_followed_only_when_asked(box: Cli, tmp_path: Path) -> None:

@@ -280,10 +280,11 @@ def test_other_disk_of_a_mount_is_throttled_too(sandboxes: Sandboxes, shared: Pa
 @pytest.mark.requires("cgroup2", "cgroup:io")
 def test_disk_writes_are_throttled(sandboxes: Sandboxes, on_disk: Path, shared: Path) -> None:
     """What goes to the disk by way of the page cache is throttled as well, for cgroup v2 knows whose it is."""
+    # A new file each time: the kernel takes a file's writes for those of the group that wrote it before, for a while.
     code = """
 import time
 start = time.monotonic()
-with open('/data/x', 'wb', buffering=0) as file:
+with open(f'/data/{time.time_ns()}', 'wb', buffering=0) as file:
     for _ in range(8): file.write(os.urandom(1 << 20))
     os.fsync(file.fileno())
 out(time.monotonic() - start)

@@ -54,7 +54,7 @@ HELLO, SETUP, SETUP_DONE, SETUP_FAILED, OPEN, CLOSE, CONTROL = 1, 2, 3, 4, 8, 9,
 DATA, END_OF, CREDIT, STOP, POWEROFF = 16, 17, 18, 19, 48
 MACHINE = 0xFFFF
 WINDOW_BYTES = 1 << 16
-WORDS_BYTES = 64 << 10
+FIRST_WORDS_BYTES, LAST_WORDS_BYTES = 32 << 10, 16 << 10
 SETUP_TEXT = b"hostname=guest\0uid=1000\0"
 # In the VMM's place: gives its end of the link away over descriptor 8 and stays.
 GIVE_LINK = """
@@ -755,14 +755,48 @@ def test_out_of_memory_is_told(bridges: Bridges, tmp_path: Path) -> None:
 
 
 def test_words_are_kept_and_bounded(bridges: Bridges) -> None:
-    """What VMM and console say is kept, what the bridge has to say among it; 64 KiB, and more makes nobody wait."""
-    program = "import os, sys; os.write(2, b'oops'); os.write(int(sys.argv[1]), b'x' * 1000000); sys.exit(3)"
+    """Of what VMM, console and bridge say the beginning and the end are kept, and more makes nobody wait."""
+    program = "import os, sys; os.write(2, b'oops'); os.write(int(sys.argv[1]), b'x' * 1000000 + b'panic'); sys.exit(3)"
     bridge = bridges([sys.executable, "-ISc", program, "@CONSOLE@"])
     assert bridge.ended()
     assert bridge.wait() == 125
     words = bridge.words.read_bytes()
-    assert words.startswith(b"oops")
-    assert len(words) == WORDS_BYTES
+    end = b"panicthe VMM exited with status 3\n"
+    assert words[:FIRST_WORDS_BYTES] == b"oops".ljust(FIRST_WORDS_BYTES, b"x")
+    assert words[FIRST_WORDS_BYTES:] == b"\n[some is left out here]\n" + end.rjust(LAST_WORDS_BYTES, b"x")
+
+
+def test_words_that_just_fit(bridges: Bridges) -> None:
+    """Nothing is missing, and nothing is said to be, up to 48 KiB."""
+    end = b"the VMM exited with status 3\n"
+    size = FIRST_WORDS_BYTES + LAST_WORDS_BYTES - len(end)
+    program = f"import os, sys; os.write(2, b'x' * {size}); sys.exit(3)"
+    bridge = bridges([sys.executable, "-ISc", program])
+    assert bridge.ended()
+    bridge.wait()
+    assert bridge.words.read_bytes() == b"x" * size + end
+
+
+# The bridge's own clock
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_guest_that_keeps_no_time(detached: bool, hostiles: Hostiles, tmp_path: Path) -> None:
+    """Two seconds after the main job's own deadline the machine ends, whatever the guest says; the words say why."""
+    bridge, guest = hostiles(log_bytes=1000)
+    with open(tmp_path / "log", "wb") as log:
+        flags = HOLD | (DETACH if detached else 0)
+        bridge.start("job", flags=flags, deadline_ms=300, stdio=(log.fileno(),) if detached else None)
+        guest.order(protocol.START)
+        guest.prepared()
+        bridge.expect(PREPARED)
+        assert bridge.lives(2.5), "a clock that runs before the job does"
+        began = time.monotonic()
+        bridge.connection.send(encode_go())
+        guest.order(protocol.GO)
+        bridge.wait(5)
+        assert 2.2 < time.monotonic() - began < 4
+        assert bridge.words.read_bytes().endswith(b"\ndeadline\n")
 
 
 def test_vmm_that_cannot_be_started(bridges: Bridges) -> None:

@@ -172,11 +172,14 @@ def test_process_of_the_host_proves_nothing(plan: Plan) -> None:
         running.close()
         os.close(null)
     holds = {line["control"] for line in proof["lines"] if line["ok"]}
-    # What a process of the host has anyway: nothing inheritable or ambient, perhaps no core files and no groups.
+    # What a process of the host has anyway: nothing inheritable or ambient, perhaps no core files and no groups, and
+    # file systems that are mounted the same way everywhere.
     usual = {
         "capabilities.inheritable",
         "capabilities.ambient",
         "credentials.groups",
+        "mount:/dev/pts",
+        "mount:/proc",
         "rlimit.core",
         "rlimit.stack",
     }

@@ -214,6 +214,8 @@ TABLE: dict[str, Weakening] = {
 }
 
 if V2:
+    TABLE["cgroup.io.wbps"] = Weakening(("cgroup.io.wbps",), throttle("throttleWriteBpsDevice"))
+    TABLE["cgroup.io.wiops"] = Weakening(("cgroup.io.wiops",), throttle("throttleWriteIOPSDevice"))
     del TABLE["cgroup.devices"]  # a program of the kernel's, which has no file that says what it allows
 
 # Controls that no plan can weaken alone, and where else they are seen to fail.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import msgspec
+import plan_inputs
 import pytest
 from test_host_enforce import ROOT_V1, ROOT_V2
 
@@ -127,17 +128,19 @@ def test_options_on_pages_are_options_of_something() -> None:
 ELSEWHERE = {"--userns"}
 
 
+EVERYTHING = {
+    "filesystem.sysfs": True,
+    "filesystem.mounts": [{"source": "/srv/data", "target": "/data", "mode": "rw"}],
+    "sysctls": {"net.core.somaxconn": "1024"},
+    "limits.cpuset": "0",
+}
+GENERAL = {"mount:/data": "mount:TARGET", "sysctl:net.core.somaxconn": "sysctl:NAME"}
+GENERAL |= {f"cgroup.io.{key}:254:0": f"cgroup.io.{key}:DISK" for key in ("rbps", "wbps", "riops", "wiops")}
+
+
 def everything(host: Host) -> list[str]:
     """Return the names of all controls of a plan that asks for everything."""
-    policy = override(
-        load("untrusted"),
-        {
-            "filesystem.sysfs": True,
-            "filesystem.mounts": [{"source": "/srv/data", "target": "/data", "mode": "rw"}],
-            "sysctls": {"net.core.somaxconn": "1024"},
-            "limits.cpuset": "0",
-        },
-    )
+    policy = override(load("untrusted"), EVERYTHING)
     workload = Workload(
         image="base",
         image_digest="sha256:0",
@@ -161,14 +164,63 @@ def everything(host: Host) -> list[str]:
 def test_the_page_on_proofs_lists_every_control() -> None:
     """The table of proof.md has the controls that plans for v1 and v2 ask for, and no other."""
     plans = {*everything(ROOT_V1), *everything(ROOT_V2)}
-    general = {"mount:/data": "mount:TARGET", "sysctl:net.core.somaxconn": "sysctl:NAME"}
-    general |= {
-        f"cgroup.io.{key}:254:0": f"cgroup.io.{key}:DISK" for key in ("rbps", "wbps", "riops", "wiops")
+    assert sorted(listed(section("proof.md", "Controls"))) == sorted(
+        {GENERAL.get(name, name) for name in plans}
+    )
+
+
+def listed(text: str) -> list[str]:
+    """Return the names in the first column of the tables of `text`."""
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.M)
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def subsection(page: str, heading: str) -> str:
+    text = (DOCS / page).read_text()
+    assert f"\n### {heading}\n" in text
+    return re.split(r"\n##+ ", text.partition(f"\n### {heading}\n")[2])[0]
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_the_page_on_proofs_lists_every_control_of_a_machine(*, accelerated: bool) -> None:
+    """The tables about virtual machines have the controls that their plans ask for, each once, and no other."""
+    host = plan_inputs.ROOT_V1_QEMU if accelerated else plan_inputs.ROOT_V1_EMULATED
+    changes = {**EVERYTHING, "filesystem.mounts": [{"source": "/srv/data", "target": "/data", "mode": "ro"}]}
+    workload = msgspec.structs.replace(
+        plan_inputs.MACHINE,
+        disks=("254:0",),
+        sources=(Source("/srv/data", "/srv/data", "/data", "directory", True),),
+    )
+    policy = override(load("untrusted"), {**changes, "isolation": "microvm"})
+    plan = make_plan(policy, workload, host, emulation=not accelerated)
+    asked = {GENERAL.get(control["name"], control["name"]) for control in plan["controls"]}
+    reported = listed(subsection("proof.md", "What the guest reports"))
+    observed = listed(subsection("proof.md", "What the host sees of the machine"))
+    assert sorted(reported + observed) == sorted(asked)
+    own = {name for name in asked if name.startswith(("vmm.", "bridge.", "cgroup."))}
+    assert set(observed) == own
+
+
+def test_the_page_on_proofs_lists_every_control_behind_gvisor() -> None:
+    """Of a plan for gVisor every control stands in the tables about it, or in the general one; and none is invented."""
+    workload = msgspec.structs.replace(
+        plan_inputs.BASE,
+        disks=("254:0",),
+        sources=(Source("/srv/data", "/srv/data", "/data", "directory", True),),
+    )
+    changes = {
+        "filesystem.sysfs": True,
+        "filesystem.mounts": [{"source": "/srv/data", "target": "/data", "mode": "ro"}],
     }
-    asked = {general.get(name, name) for name in plans}
-    rows = re.findall(r"^\| (`[^|]*) \|", section("proof.md", "Controls"), re.M)
-    listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    assert sorted(listed) == sorted(asked)
+    policy = override(load("untrusted"), {**changes, "isolation": "gvisor", "limits.cpuset": "0"})
+    plan = make_plan(policy, workload, plan_inputs.ROOT_V1_GVISOR)
+    asked = {GENERAL.get(control["name"], control["name"]) for control in plan["controls"]}
+    tables = [
+        *listed(subsection("proof.md", "What the sentry reports")),
+        *listed(subsection("proof.md", "What the host sees of its parts")),
+    ]
+    assert set(tables) - asked == set()
+    assert asked - set(tables) - set(listed(section("proof.md", "Controls"))) == set()
 
 
 def test_the_json_of_a_proof_has_the_keys_of_the_page() -> None:

@@ -252,7 +252,12 @@ def test_the_ring_shows_the_vmm_its_own_files_and_nothing_else() -> None:
     assert {op["source"] for op in binds} == expected
     assert all(op["read_only"] and op["kind"] == "file" for op in binds)
     assert made["oci"]["root"]["readonly"] is True
-    assert {op["op"] for op in made["stage"]} == {"tmpfs", "directory", "agent", "file", "bind", "initrd"}
+    kinds = {"tmpfs", "directory", "agent", "file", "bind", "initrd"}
+    assert {op["op"] for op in made["stage"]} == kinds | {
+        "node"
+    }  # /dev/kvm, and nothing where it is emulated
+    emulated = plan(ROOT_V1_EMULATED, emulation=True)
+    assert {op["op"] for op in emulated["stage"]} == kinds
 
 
 def test_the_ring_has_no_capability_and_all_namespaces() -> None:

@@ -55,8 +55,6 @@ def destination(path: str, name: bytes) -> Tree:
     only_directory = path.endswith("/")
     if stat.S_ISDIR(found):
         return Tree(_opened(path), name)
-    if found and only_directory:
-        raise SandboxError(f"{path!r} is no directory")
     home, _, last = path.rstrip("/").rpartition("/")
     if last in ("", ".", ".."):
         raise SandboxError(f"there is no directory {path!r}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # runsc goes away some milliseconds after it has started the sandbox, and the door gives up its rights then.
 _SETTLE_S = 5.0
 _PAUSE_S = 0.001
+_LAST_WORDS_S = 1.0
 # proc_pid_oom_score_adj(5): chosen before every other process of the group.
 _FIRST_TO_DIE = b"1000"
 _MOST_WORDS = 600
@@ -102,7 +103,7 @@ def check_door(running: Running) -> None:
 
 def failure(running: Running) -> RingfenceError:
     """Return why a sandbox with a kernel of its own is gone before its job began, in that kernel's own words."""
-    running.wait_gone(1.0)  # door or bridge writes down the last words before it goes
+    _wait_for_last_words(running)
     machine = running.plan["isolation"] == "microvm"
     what = "the microVM" if machine else "gVisor"
     if running.cgroup is not None and running.cgroup.oom_kills() > 0:
@@ -110,7 +111,7 @@ def failure(running: Running) -> RingfenceError:
             f"{what} ended before the job started: the memory limit is too small",
             hint="raise limits.memory (--memory)",
         )
-    said = _said(running)[-_MOST_WORDS:].replace("\n", "; ")
+    said = "; ".join(line.strip() for line in _said(running)[-_MOST_WORDS:].splitlines() if line.strip())
     if "invalid number of instructions" in said:
         return HostError(
             "the seccomp profile is too large for gVisor's kernel, which takes 4,096 instructions",
@@ -123,6 +124,17 @@ def failure(running: Running) -> RingfenceError:
     if not said:
         hint += "; a seccomp profile of your own must allow what the agent needs (agent/PROTOCOL.md)"
     return HostError(f"{what} could not start the sandbox: {said or 'it said nothing'}", hint=hint)
+
+
+def _wait_for_last_words(running: Running) -> None:
+    """Wait until door or bridge, which closes its connection first and then writes down what was said, is gone."""
+    if running.pidfd >= 0 or running.cgroup is None:
+        running.wait_gone(_LAST_WORDS_S)
+        return
+    # It did not come as far as telling who it is, but it is in the sandbox's group.
+    deadline = time.monotonic() + _LAST_WORDS_S
+    while running.cgroup.procs() and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
 
 
 def _said(running: Running) -> str:

@@ -197,13 +197,13 @@ def _how_it_ended(entry: Entry, group: Cgroup | None) -> dict[str, object]:
         ended["oom_killed"] = False
     if end is None and ended["oom_killed"]:
         ended["exit_status"] = 137
-    if end is None and entry.record().get("isolation") == "gvisor":
+    if end is None and entry.record().get("isolation") in ("gvisor", "microvm"):
         ended |= _guest_end(entry)
     return ended
 
 
 def _guest_end(entry: Entry) -> dict[str, object]:
-    """Return what door and sentry say of an end of which the agent inside did not."""
+    """Return what door and sentry, or the bridge, say of an end of which the agent inside did not."""
     from ringfence.runtime.door import late_end_ns, words
     from ringfence.sandbox.sentry import last_words
 
@@ -211,4 +211,6 @@ def _guest_end(entry: Entry) -> dict[str, object]:
     if late_ns is not None:
         reason = "its time limit had passed, and the agent inside did nothing"
         return {"exit_status": 124, "timed_out": True, "ended_ns": late_ns, "reason": reason}
+    if entry.record().get("isolation") == "microvm":
+        return {}
     return {"reason": last_words(words(entry.directory))}
