@@ -198,9 +198,12 @@ def _explain(result: "Result", plan: "Plan", budget: Budget) -> None:
         )
     if result.oom_killed:
         # The policy's own: the cgroup around a kernel of its own allows for that as well.
+        machine = plan["machine"]
         limits = [
             control["asked"] for control in plan["controls"] if control["name"] == "cgroup.memory_bytes"
         ]
+        if machine is not None:
+            limits = [machine["job_limits"].get("limits.memory")]
         size = f" of {limits[0] / (1 << 20):g} MiB" if limits and isinstance(limits[0], int) else ""
         print(f"ringfence: out of memory: limit{size} reached (limits.memory, --memory)", file=sys.stderr)
     if result.output_truncated:

@@ -100,7 +100,18 @@ def _lines(plan: "Plan", command: list[str], env: list[str], cwd: str) -> list[s
 
 
 def _guest_lines(plan: "Plan") -> list[str]:
-    guest = plan["guest"]
+    guest, machine = plan["guest"], plan["machine"]
+    if machine is not None:
+        return [
+            f"machine    {machine['program']} ({one_line(machine['version'])}), {machine['accelerator']},"
+            f" {machine['cpus']} CPUs, {machine['memory_bytes'] >> 20} MiB",
+            f"           kernel {one_line(machine['kernel'])}: {one_line(machine['command_line'])}",
+            f"           devices: {', '.join(machine['devices'])}",
+            *(
+                f"           {disk['device']}: {one_line(disk['source'])} on {one_line(disk['target'])}, read-only"
+                for disk in machine["disks"]
+            ),
+        ]
     if guest is None:
         return []
     mounts = (

@@ -195,6 +195,7 @@ class Disk(TypedDict):
 class Machine(TypedDict):
     """A virtual machine: its VMM with the command line, its shape, its kernel, and the setup text for its guest.
 
+    `job_limits` are those of the policy that the guest's kernel keeps in a control group, by field.
     `accelerator` is "kvm", or "tcg" for emulation. In `argv` @LINK@, @CONSOLE@ and @DISKn@ stand for descriptors.
     """
 
@@ -204,6 +205,7 @@ class Machine(TypedDict):
     accelerator: str
     memory_bytes: int
     cpus: int
+    job_limits: dict[str, int]
     kernel: str
     kernel_path: str
     kernel_digest: str

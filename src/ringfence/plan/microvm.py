@@ -40,6 +40,7 @@ _LEAST_CPUS = 0.05
 _VMM_PROCESSES = 160
 _CHANNELS = ("console", "serial link")
 _RING_FILES = 512
+_OF_THE_MACHINE = ("cgroup.memory_bytes", "cgroup.swap_bytes", "cgroup.pids")
 # QEMU's microvm has eight places for virtio devices; one is the serial ports' and one randomness'.
 _DISK_NAMES = "abcdef"
 _RLIMITS = {
@@ -163,6 +164,7 @@ def machine(
         "accelerator": accelerator,
         "memory_bytes": memory,
         "cpus": cpus,
+        "job_limits": _job_limits(policy.limits, skip),
         "kernel": kernel.name,
         "kernel_path": kernel.path,
         "kernel_digest": kernel.digest,
@@ -178,6 +180,11 @@ def machine(
 def _copied(workload: Workload) -> list[Source]:
     """Return what is mounted of the host's files: a guest has its own devices, whatever the policy lists of these."""
     return [source for source in workload.sources if source.kind != "device"]
+
+
+def _job_limits(limits: Limits, skip: frozenset[str]) -> dict[str, int]:
+    wanted = {"limits.memory": limits.memory_bytes, "limits.swap": 0, "limits.pids": limits.pids}
+    return {field: value for field, value in wanted.items() if value is not None and field not in skip}
 
 
 def _disks(workload: Workload) -> list[Disk]:
@@ -503,6 +510,9 @@ def controls(
         for control in groups:
             if control["name"] == "cgroup.membership":
                 found += [{**control, "name": f"{part}.cgroup.membership"} for part in ("vmm", "bridge")]
+            elif control["name"] in _OF_THE_MACHINE:
+                # Not the job's: how much the machine and its VMM may take of the host.
+                found.append({**control, "field": "isolation"})
             else:
                 found.append(control)
         if host.cgroup.version in ("v1", "hybrid") and not host.rootless:

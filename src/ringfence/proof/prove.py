@@ -83,6 +83,10 @@ def prove(
     if plan["rootless"] and plan["isolation"] == "linux":
         lines = [_from_agent(line, reported_descriptors) for line in lines]
     lines += [_kept(field, plan[key]) for key, field in _KEPT if plan[key] is not None]  # type: ignore[literal-required]
+    machine = plan["machine"]
+    lines += [
+        _kept_inside(field, value) for field, value in (machine["job_limits"] if machine else {}).items()
+    ]
     lines += [_not_enforced(item["field"], item["reason"]) for item in plan["unenforced"]]
     return {
         "format": 1,
@@ -104,7 +108,9 @@ def prove(
 def _runtime(plan: Plan) -> str:
     """Return the version of what carries the plan out: for a kernel of its own, that of this and of what is around."""
     outer = plan["runtime"]["version"] or plan["runtime"]["name"]
-    guest = plan.get("guest")
+    guest, machine = plan.get("guest"), plan.get("machine")
+    if machine:
+        return f"{machine['version']} ({machine['accelerator']}) in {outer}"
     return f"{guest['version']} ({guest['platform']}) in {outer}" if guest else outer
 
 
@@ -268,6 +274,19 @@ def _kept(field: str, asked: Value) -> Line:
         "field": field,
         "asked": asked,
         "observed": "kept by Ringfence during the run",
+        "vantage": "not observable",
+        "source": "",
+        "ok": None,
+    }
+
+
+def _kept_inside(field: str, asked: Value) -> Line:
+    """Return the line of a limit in the guest's own control group, of which the job's processes show nothing."""
+    return {
+        "control": field,
+        "field": field,
+        "asked": asked,
+        "observed": "kept by the guest's kernel, which would not have started the job without",
         "vantage": "not observable",
         "source": "",
         "ok": None,
