@@ -70,7 +70,8 @@ def _ranges(home: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _cgroups() -> Iterator[Path]:
-    for hierarchy in Path("/sys/fs/cgroup").glob("*"):
+    top = Path("/sys/fs/cgroup")
+    for hierarchy in (top, *top.glob("*")):  # v2 alone is mounted on the directory itself
         base = hierarchy / "ringfence"
         if base.is_dir():
             yield from (path for path in base.iterdir() if path.is_dir())

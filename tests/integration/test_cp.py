@@ -17,6 +17,7 @@ from commands import refused
 from detached import Cli, until
 from needs import PROBES
 from ringfence.sandbox import store
+from users import ACCEPTED, UID, make_user
 
 TIERS = {
     "linux": ("root", "userns", "image:base", "crun"),
@@ -119,6 +120,24 @@ def test_a_race_in_the_sandbox_leads_nowhere(cli: Cli, tmp_path: Path) -> None:
             assert not path.is_symlink()
         if time.monotonic() > deadline:
             break
+
+
+@pytest.mark.requires("root", "runc", "image:base", "userns")
+def test_without_root(tmp_path: Path) -> None:
+    """A user copies into his own sandbox and out of it; what comes out is his."""
+    with contextlib.contextmanager(make_user)(ids=True) as user:
+        home = user.place / "home"
+        detached = user.run("-d", "--name", "box", *ACCEPTED, "--", "sleep", "60")
+        assert detached.returncode == 0, detached.stderr
+        (home / "f").write_bytes(b"text")
+        (home / "f").chmod(0o644)
+        for words in (("cp", str(home / "f"), "box:/tmp/g"), ("cp", "box:/tmp/g", str(home / "back"))):
+            done = user(*words)
+            assert done.returncode == 0, done.stderr
+        assert (home / "back").read_bytes() == b"text"
+        assert (home / "back").stat().st_uid == UID
+        refused(user("cp", "box:/etc/hostname", "/etc/x"), 125, "Permission denied")
+        assert user("rm", "--force", "box").returncode == 0
 
 
 # One sandbox of each tier

@@ -122,7 +122,7 @@ def test_our_own_are_shortened_and_say_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("wanted", [own("default"), own("strict"), moby(docker_default())])
 def test_the_sentry_signals_the_agent_for_nobody(wanted: LinuxSeccomp) -> None:
-    """A descriptor must not choose the signal that its owner gets, nor a child be the agent's with a signal of choice."""
+    """A descriptor must not choose its owner's signal, nor a child be the agent's with a signal of its choice."""
     made = guest_seccomp(wanted)
     assert first(made, "fcntl", (3, 10, 9, 0, 0, 0)) == "SCMP_ACT_ERRNO"  # F_SETSIG
     assert first(made, "fcntl", (3, 2, 1, 0, 0, 0)) == decide(wanted, "fcntl")[0]  # F_SETFD

@@ -48,9 +48,12 @@ def _detected() -> "Host":
 
     from ringfence.host.detect import detect
     from ringfence.host.gvisor import gvisor_facts
+    from ringfence.host.machine import QEMU
+    from ringfence.host.vmm import vmm_facts
 
     host = detect()
-    return replace(host, gvisor=gvisor_facts(host))
+    vmm = vmm_facts(host) if QEMU in host.runtimes else None
+    return replace(host, gvisor=gvisor_facts(host), vmm=vmm)
 
 
 def check_lines(found: "tuple[Check, ...]", *, colour: bool) -> list[str]:

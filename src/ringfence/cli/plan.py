@@ -103,8 +103,8 @@ def _guest_lines(plan: "Plan") -> list[str]:
     guest, machine = plan["guest"], plan["machine"]
     if machine is not None:
         return [
-            f"machine    {machine['program']} ({one_line(machine['version'])}), {machine['accelerator']},"
-            f" {machine['cpus']} CPUs, {machine['memory_bytes'] >> 20} MiB",
+            f"machine    {machine['program']} ({one_line(machine['version'])}), {machine['accelerator']}",
+            f"           {machine['cpus']} CPUs, {machine['memory_bytes'] >> 20} MiB of memory",
             f"           kernel {one_line(machine['kernel'])}: {one_line(machine['command_line'])}",
             f"           devices: {', '.join(machine['devices'])}",
             *(

@@ -4,8 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from ringfence.host import machine, sentry
 from ringfence.host import mechanisms as by
-from ringfence.host import sentry
 from ringfence.host.enforce import Tier, enforcement
 from ringfence.host.facts import GvisorFacts, Host
 
@@ -31,14 +31,13 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 def checks(host: Host, tier: Tier = "linux") -> tuple[Check, ...]:
     """Return every check of `host` for `tier`; the tier can run here when none is "missing".
 
-    The gvisor tier can do so only with `host.gvisor` filled: see `ringfence.host.gvisor`.
+    The gvisor tier can do so only with `host.gvisor` filled: see `ringfence.host.gvisor`; the microvm tier only with
+    `host.vmm`: see `ringfence.host.vmm`.
     """
-    if tier == "microvm":
-        found = "the microvm tier is not built yet"
-        return (Check(name=tier, level="missing", found=found, advice="use -i linux"),)
-    # The ring around gVisor is a container of the linux tier, and needs what that needs.
-    gvisor = _gvisor(host) if tier == "gvisor" else _optional(_gvisor(host))
-    return (*_needs(host), *gvisor, *_weaknesses(host), *_later_tiers(host))
+    # The ring around a kernel of its own is a container of the linux tier, and needs what that needs.
+    gvisor = _gvisor(host) if tier == "gvisor" else _optional(_gvisor(host), "gvisor")
+    microvm = _microvm(host) if tier == "microvm" else _optional(_microvm(host), "microvm")
+    return (*_needs(host), *gvisor, *microvm, *_weaknesses(host))
 
 
 def ready(found: tuple[Check, ...]) -> bool:
@@ -100,11 +99,11 @@ def _platforms(facts: GvisorFacts) -> Check:
     return Check(name="gVisor platform", level="ok", found=found)
 
 
-def _optional(found: list[Check]) -> list[Check]:
+def _optional(found: list[Check], tier: Tier) -> list[Check]:
     """Return the checks of a tier that was not asked about: what it misses is no fault."""
     return [
         msgspec.structs.replace(
-            check, level="ok", found=f"{check.found} (only the gvisor tier needs it)", advice=""
+            check, level="ok", found=f"{check.found} (only the {tier} tier needs it)", advice=""
         )
         if check.level == "missing"
         else check
@@ -112,13 +111,37 @@ def _optional(found: list[Check]) -> list[Check]:
     ]
 
 
-def _later_tiers(host: Host) -> list[Check]:
-    others = [name for name in ("qemu-system-x86_64", "firecracker") if name in host.runtimes]
-    found = ", ".join(host.runtimes[name].version_text or name for name in others)
-    kvm = f"{host.kvm}: {host.kvm_reason}" if host.kvm_reason else host.kvm
+def _microvm(host: Host) -> list[Check]:
+    """Say whether QEMU can be used, whether KVM runs a guest, and that a user cannot start machines yet."""
+    qemu, facts = host.runtimes.get(machine.QEMU), host.vmm
+    found = f"{qemu.version_text or '?'} ({qemu.path})" if qemu else "QEMU is not installed"
+    wrong = facts.reason if facts is not None else ""
+    kvm = "a guest ran on it" if host.kvm == "works" else host.kvm_reason or host.kvm
     return [
-        Check(name="other runtimes", level="ok", found=found or "none (only the microvm tier needs them)"),
-        Check(name="KVM", level="ok", found=f"{kvm} (only the microvm tier needs it)"),
+        Check(
+            name="QEMU",
+            level="missing" if qemu is None or wrong else "ok",
+            found=f"{found}: {wrong}" if wrong else found,
+            advice="install the package qemu-system-x86" if qemu is None or wrong else "",
+        ),
+        Check(
+            name="KVM",
+            level="ok" if host.kvm == "works" else "missing",
+            found=kvm,
+            advice="" if host.kvm == "works" else "--allow-emulation goes without a hardware boundary",
+        ),
+        *(
+            [
+                Check(
+                    name="microVMs",
+                    level="missing",
+                    found=machine.ROOT_ONLY,
+                    advice="-i gvisor, or run as root",
+                )
+            ]
+            if host.rootless
+            else []
+        ),
     ]
 
 

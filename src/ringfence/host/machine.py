@@ -9,10 +9,13 @@ from ringfence.host.facts import Host
 from ringfence.host.mechanisms import Answer, Cell, Question, namespace
 
 QEMU = "qemu-system-x86_64"
+ROOT_ONLY = "only root can start a microVM yet"
 
 
 def lack(host: Host) -> Answer | None:
     """Return why no machine can be made here without further words, None when one can as far as is known."""
+    if host.rootless:
+        return Answer(reason=ROOT_ONLY, hint="-i gvisor works for a user")
     if QEMU not in host.runtimes:
         return Answer(reason="QEMU is not installed", hint="install the package qemu-system-x86")
     if host.vmm is not None and host.vmm.reason:

@@ -12,6 +12,7 @@ import msgspec
 
 from ringfence.errors import HostError, MountError
 from ringfence.host.facts import Host
+from ringfence.host.machine import ROOT_ONLY
 from ringfence.host.sources import Source
 from ringfence.linux.capabilities import mask
 from ringfence.linux.filters import compile_filter
@@ -67,6 +68,8 @@ def choose_accelerator(host: Host, *, emulation: bool, vmm: str = "") -> str:
     if vmm == firecracker.NAME:
         firecracker.check_host(host, emulation=emulation)
         return "kvm"
+    if host.rootless:
+        raise HostError(ROOT_ONLY, hint="-i gvisor works for a user")
     facts = host.vmm
     if QEMU not in host.runtimes or facts is None:
         raise HostError(
@@ -105,7 +108,7 @@ def check(policy: Policy, workload: Workload) -> None:
         if not source.read_only:
             raise MountError(
                 f"{source.source!r} cannot be written to from a microVM: nothing is copied back yet",
-                hint="mount it read-only and take what is made from the standard output, or -i gvisor",
+                hint="mount it read-only and bring out what is made with 'ringfence cp', or -i gvisor",
             )
         if ":" in source.target:
             raise MountError(f"the target {source.target!r} has a colon", hint="choose another for a microVM")

@@ -67,14 +67,6 @@ def ranges(plan: Plan, instance: Instance, own: int) -> list[tuple[int, int, int
     return [(0, own, 1), (1, instance.base + 1, size - 2), (NOBODY, instance.base + size - 1, 1)]
 
 
-def inside_ranges(plan: Plan) -> list[tuple[int, int]]:
-    """Return the (first, count) of the ids that there are inside."""
-    size = plan["user"]["range_size"]
-    if not size:
-        return [(0, 1)]
-    return [(0, 1), (1, size - 2), (NOBODY, 1)] if plan["isolation"] == "gvisor" else [(0, 1), (1, size - 1)]
-
-
 def _map_own(pid: int) -> None:
     """Map the caller's own ids as 0, which needs no help; the kernel wants setgroups(2) closed for that."""
     for name, text in (
@@ -156,14 +148,14 @@ def _child(count: int) -> None:
     libc.make_private("/")
     ids = Ids(base=0, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=-1)
     Stager(instance.staging, ids, agent).run(plan["stage"])
-    _lock_mounts(plan, agent)
+    _lock_mounts(plan, instance, agent)
     write_config(plan, instance, userns="")
     options = (_WITH_CGROUP if plan["cgroup_limits"] else _WITHOUT_CGROUP)[plan["runtime"]["name"]]
     argv = command(plan, instance, preserve=count, options=options)
     os.execve(argv[0], argv, dict(os.environ))
 
 
-def _lock_mounts(plan: Plan, agent: str) -> None:
+def _lock_mounts(plan: Plan, instance: Instance, agent: str) -> None:
     """Go on in a user namespace below this one, with the same ids, and a copy of the mounts that it cannot loosen.
 
     crun mounts the root over itself and takes all flags away from it that it may: ro, nosuid and nodev are gone where
@@ -173,7 +165,8 @@ def _lock_mounts(plan: Plan, agent: str) -> None:
     from ringfence.linux import libc
     from ringfence.linux.userns import make_userns
 
-    same = [(inside, inside, count) for inside, count in inside_ranges(plan)]
+    lines = ranges(plan, instance, 0) if plan["user"]["range_size"] else [(0, 0, 1)]
+    same = [(inside, inside, count) for inside, _, count in lines]
     userns = make_userns(agent, same, same)
     libc.setns(userns, libc.CLONE_NEWUSER)
     os.close(userns)
