@@ -161,9 +161,12 @@ def _own_stdin() -> int:
     notice, such as the next command of our caller's.
     """
     try:
-        return os.open("/proc/self/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # A FIFO that nobody writes to yet must not keep us; the job is to wait for its input all the same.
+        fd = os.open("/proc/self/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return -1
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _is_plain_pipe(fd: int) -> bool:
