@@ -71,9 +71,24 @@ BRIDGE = {
     "plain": RUNNING + OUTPUT + host(READ, more=1) + host(WRITE) + guest(CREDIT, b"\0\x20\0\0", 0) + OVER,
     "held": HELD + host(REPORT) + told(REPORTED, b"status\0x\0") + host(GO) + OUTPUT + OVER + host(LEAVE),
     "reader-goes": RUNNING + OUTPUT + host(SHUT, more=1) + OUTPUT + guest(END, b"", 0, 1),
-    "terminal": UP + host(START, more=2) + told(PREPARED, bytes(8)) + guest(DATA, b"$ ", 0, 1) + host(WRITE) + host(SHUT),
-    "detached": UP + host(START, more=3) + host(LEAVE) + told(PREPARED, bytes(8)) + OUTPUT[:210] + guest(END, b"", 0, 1),
-    "exec": RUNNING + EXEC + told(PREPARED, bytes(8), 1) + guest(DATA, b"z", 1, 1) + host(LEAVE, 1) + guest(CLOSE, b"", 1),
+    "terminal": UP
+    + host(START, more=2)
+    + told(PREPARED, bytes(8))
+    + guest(DATA, b"$ ", 0, 1)
+    + host(WRITE)
+    + host(SHUT),
+    "detached": UP
+    + host(START, more=3)
+    + host(LEAVE)
+    + told(PREPARED, bytes(8))
+    + OUTPUT[:210]
+    + guest(END, b"", 0, 1),
+    "exec": RUNNING
+    + EXEC
+    + told(PREPARED, bytes(8), 1)
+    + guest(DATA, b"z", 1, 1)
+    + host(LEAVE, 1)
+    + guest(CLOSE, b"", 1),
     "fails-to-start": UP + host(START) + told(FAILED, bytes(8)) + guest(CLOSE, b"", 0),
     "gone": RUNNING + OUTPUT + OVER + b"\xbe" + host(READ, more=1),
     "crashed": RUNNING + OUTPUT + b"\xbe",
@@ -105,12 +120,24 @@ def begun(flags: int, channel: int = 0) -> bytes:
 
 
 BACK = {
-    "plain": begun(0) + act(5, 2) + bridge(DATA, b"in", 0, 0, 8) + act(4, 1) + agent(EXITED, bytes(12)) + bridge(POWEROFF, b"", MACHINE),
-    "report": begun(4) + bridge(CONTROL, frame(6, 0, b"")) + agent(REPORTED, b"status\0" + b"x" * 200 + b"\0"),
+    "plain": begun(0)
+    + act(5, 2)
+    + bridge(DATA, b"in", 0, 0, 8)
+    + act(4, 1)
+    + agent(EXITED, bytes(12))
+    + bridge(POWEROFF, b"", MACHINE),
+    "report": begun(4)
+    + bridge(CONTROL, frame(6, 0, b""))
+    + agent(REPORTED, b"status\0" + b"x" * 200 + b"\0"),
     "stop": begun(0) + bridge(STOP, b"", 0, 1) + act(5, 2) + bridge(END, b"", 0, 0) + act(3),
     "terminal": begun(9) + bridge(DATA, b"ls\n", 0, 0) + act(6, 2) + bridge(STOP, b"", 0, 1),
     "detached": begun(2) + act(6, 2) + act(6, 3) + agent(EXITED, bytes(12)),
-    "exec": agent(READY, bytes(8)) + bridge(OPEN, b"", 1) + act(0) + begun(0, 1) + bridge(CLOSE, b"", 1) + bridge(OPEN, b"", 1),
+    "exec": agent(READY, bytes(8))
+    + bridge(OPEN, b"", 1)
+    + act(0)
+    + begun(0, 1)
+    + bridge(CLOSE, b"", 1)
+    + bridge(OPEN, b"", 1),
     "agent-goes": begun(0) + act(2) + bridge(CONTROL, frame(2, 0, b"")) + act(3),
     "poweroff": bridge(POWEROFF, b"", MACHINE),
 }
@@ -133,7 +160,10 @@ def records(*pairs: bytes) -> bytes:
 
 
 TAR = {
-    "plain": header(b".", b"5") + header(b"./a", b"0", 5) + header(b"./s", b"2", 0, b"a") + header(b"h", b"1", 0, b"a"),
+    "plain": header(b".", b"5")
+    + header(b"./a", b"0", 5)
+    + header(b"./s", b"2", 0, b"a")
+    + header(b"h", b"1", 0, b"a"),
     "long": records(b"path=./some/long/name", b"linkpath=target", b"mtime=1.5") + header(b"x", b"2", 0, b"y"),
     "large": records(b"size=99999999999") + header(b"./x", b"0"),
 }
@@ -141,7 +171,13 @@ TAR = {
 
 def main(directory: str) -> None:
     """Write all seeds."""
-    for fuzzer, seeds in (("frame", FRAMES), ("bridge", BRIDGE), ("back", BACK), ("setup", SETUP), ("tar", TAR)):
+    for fuzzer, seeds in (
+        ("frame", FRAMES),
+        ("bridge", BRIDGE),
+        ("back", BACK),
+        ("setup", SETUP),
+        ("tar", TAR),
+    ):
         place = os.path.join(directory, fuzzer)
         os.makedirs(place, exist_ok=True)
         for name, data in seeds.items():

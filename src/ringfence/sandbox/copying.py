@@ -123,7 +123,9 @@ class Job:
         told = [_complaint(item) for item in bytes(self._words).split(b"\0")[:-1]]
         if self._exited not in (_ALL, _SOME):
             path, reason = told[-1] if told else (b"", "the sandbox ended, or killed the copy")
-            raise SandboxError(f"in the sandbox, {shown(self._about if path in (b'', b'.') else path)}: {reason}")
+            raise SandboxError(
+                f"in the sandbox, {shown(self._about if path in (b'', b'.') else path)}: {reason}"
+            )
         for path, reason in told:
             left_out(path, reason)
 
