@@ -20,9 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from linux import BASE, CLI, Samples, alternate, spawn, table
-
 import ringfence
+from linux import BASE, CLI, Samples, alternate, spawn, table
 from ringfence.linux import libc
 from ringfence.linux.userns import make_userns
 from ringfence.plan.document import Plan

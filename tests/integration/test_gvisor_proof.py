@@ -130,7 +130,9 @@ def away(running: launch.Running) -> None:
     """Move the sentry, and so the job, out of the memory cgroup."""
     assert running.cgroup is not None
     assert running.guest is not None
-    Path(running.cgroup.layout.mounts["memory"], "cgroup.procs").write_text(str(running.guest.parts["sentry"]))
+    Path(running.cgroup.layout.mounts["memory"], "cgroup.procs").write_text(
+        str(running.guest.parts["sentry"])
+    )
 
 
 TABLE: dict[str, Weakening] = {

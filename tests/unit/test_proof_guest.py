@@ -89,7 +89,9 @@ def subject_of(pid: int) -> Subject:
 
 def parts(pid: int, report: dict[str, str] | None = None) -> Guest:
     """Take one process for all three parts."""
-    return Guest(report=TRUE if report is None else report, parts=dict.fromkeys(("sentry", "gofer", "door"), pid))
+    return Guest(
+        report=TRUE if report is None else report, parts=dict.fromkeys(("sentry", "gofer", "door"), pid)
+    )
 
 
 def proof_of(
