@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_link import WORDS_BYTES, Bridge, Guest
+from test_link import FIRST_WORDS_BYTES, Bridge, Guest
 
 from agents import WAIT_S, cpu_ticks, eventually
 from boxes import Sandboxes, bind
@@ -210,7 +210,7 @@ def test_how_a_vmm_ended(dials: Dials, script: str, said: str) -> None:
     dialled = dials(listens=False, vmm_command=["/bin/sh", "-c", script])
     assert dialled.bridge.wait() == 125
     assert dialled.bridge.words.read_text() == said
-    assert len(said) < WORDS_BYTES
+    assert len(said) < FIRST_WORDS_BYTES
 
 
 # The ring

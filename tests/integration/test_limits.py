@@ -116,7 +116,9 @@ def test_cpu_quota(sandboxes: Sandboxes) -> None:
     assert result.exit_status == 0
     assert result.usage.cpu_s is not None
     # Upwards, a period may be begun once more than the wall clock has room for; downwards, others run here too.
-    assert 0.15 < result.usage.cpu_s / result.usage.wall_s < 0.65
+    # In an emulated machine runc's own start in the group is a matter of some tenths of a second, too.
+    start_s = 0.5 if "RINGFENCE_TEST_SLOW" in os.environ else 0
+    assert 0.15 * result.usage.wall_s < result.usage.cpu_s < 0.65 * result.usage.wall_s + start_s
 
 
 @pytest.mark.requires("cgroup:cpuset", "two-cpus")
