@@ -289,7 +289,7 @@ def test_the_ring_has_what_the_document_names(started: Plans, tmp_path: Path) ->
         "write /run/metrics": "yes",
         "make /new": "no",
         "make /disks/new": "no",
-        "open /dev/kvm": "yes" if os.stat("/dev/kvm").st_mode & 0o006 == 0o006 else "no",
+        "open /dev/kvm": "yes",  # a node of its own: the host's may be root's alone
     }
     assert [line for line in said if line.startswith("asked")] == ["asked: CONNECT 1"] * 2
     assert running.guest is not None
