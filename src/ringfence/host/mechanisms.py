@@ -232,6 +232,9 @@ def io_write(kind: str) -> Cell:
                 reason="cgroup v1 throttles direct and synchronous writes only, not those of the page cache",
                 hint="use a host with cgroup v2, or no rw mount",
             )
+        if not found.reason:
+            # The kernel charges the write-back of a page to the group that brought it into the cache.
+            return Answer(f"{found.mechanism}, but of pages that another group has cached before")
         return found
 
     return cell
