@@ -120,9 +120,10 @@ TABLE: dict[str, Weakening] = {
     ),
     "a writable root": Weakening(("mount:/",), text(overlay=f"overlay={MIB}:100")),
     "larger tmpfs": Weakening(
-        ("mount:/tmp", "mount:/dev/shm"),
+        ("mount:/tmp", "mount:/work", "mount:/dev/shm"),
         text(
             tmpfs__tmp=f"tmpfs=/tmp:{1 << 30}:16384:1777:0:0",
+            tmpfs__work=f"tmpfs=/work:{1 << 30}:16384:755:1000:1000",
             shm=f"shm={16 * MIB}:1048576",
         ),
     ),

@@ -125,6 +125,9 @@ def entry() -> None:
     """Run as the ``ringfence`` program."""
     status = main(sys.argv[1:])
     if sys.stderr is not None:
-        sys.stderr.flush()
+        try:
+            sys.stderr.flush()
+        except OSError:
+            pass  # whoever read what we had to say has gone: the command's own status still counts
     # Everything is closed and flushed; taking the interpreter apart would only cost time.
     os._exit(status)

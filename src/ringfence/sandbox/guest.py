@@ -204,6 +204,14 @@ def _is_powerless(pid: int) -> bool:
     return b"\nCapPrm:\t0000000000000000\n" in text
 
 
+def ran_out_of_memory(running: Running) -> bool:
+    """Say whether a machine that ended without a word had its agent killed for want of memory, by its console.
+
+    Files in memory belong to no process, so the guest's kernel may choose the agent where the job has filled them.
+    """
+    return "out of memory: Killed process" in words(running.entry.directory)
+
+
 def notes(running: Running, *, crashed: bool) -> tuple[str, ...]:
     """Return what the kernel inside had to say about a job that failed; `crashed` if it went away without a word."""
     if running.plan["isolation"] == "microvm":

@@ -173,6 +173,10 @@ def finish(
     # A microVM's kernel keeps the job's limit, and says so; its cgroup on the host is only around the machine.
     oom_killed = bool(flags & protocol.OUT_OF_MEMORY) or (group is not None and group.oom_kills() > 0)
     timed_out = ending.timed_out or bool(flags & protocol.TIMED_OUT)
+    if running.plan["isolation"] == "microvm" and ending.exited is None and not timed_out:
+        from ringfence.sandbox.guest import ran_out_of_memory
+
+        oom_killed = oom_killed or ran_out_of_memory(running)
     status = TIMED_OUT if timed_out else code & 0xFF
     notes: tuple[str, ...] = ()
     if running.plan["isolation"] != "linux" and (status != 0 or ending.exited is None):
