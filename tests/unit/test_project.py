@@ -21,7 +21,11 @@ def project_files() -> list[Path]:
     found = []
     for directory, names, files in os.walk(ROOT):
         names[:] = [name for name in names if name not in made and (name[0] != "." or name == ".ci")]
-        found += [Path(directory, name) for name in files if Path(name).suffix in TEXT and name != "LICENSE"]
+        found += [
+            Path(directory, name)
+            for name in files
+            if Path(name).suffix in TEXT and name not in ("LICENSE", ".coverage")
+        ]
     return found
 
 
