@@ -138,9 +138,11 @@ def test_files_that_steer_a_kernel(root: Cli, outside: Outside, name: str) -> No
     ]  # fmt: skip
     code = """
 def write(path):
-    try: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    try: fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error: return error.errno
-    return 0
+    covered = os.fstat(fd).st_rdev == os.makedev(1, 3)  # masked by the null device, where this kernel has the file
+    os.close(fd)
+    return 2 if covered else 0
 out({path: write(path) for path in PATHS})
 """
     program = f"PATHS = {paths!r}\n{code}"
