@@ -10,79 +10,41 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import ringfence
-from linux import BASE, CLI, Samples, alternate, spawn, table
-from ringfence.linux import libc
-from ringfence.linux.userns import make_userns
-from ringfence.plan.document import Plan
-from ringfence.runtime.spawn import agent_path
-from ringfence.runtime.stage import Ids, Stager
+from linux import CLI, Samples, Staged, alternate, run_to_its_end, spawn, table
+from ringfence.plan.document import Guest, Plan
 from ringfence.sandbox.prepare import Request, plan_for
 
 HERE = Path(__file__).parent
 GVISOR = {"isolation": "gvisor"}
 
 
-class Bare:
-    """The guest's bundle with ``true`` in place of the agent and the same flags, run by runsc alone, as root.
-
-    A worker thread keeps the mount namespace in which the root is staged, as the set-up of a sandbox does.
-    """
+class Bare(Staged):
+    """The guest's bundle with ``true`` in place of the agent and the same flags, run by runsc alone, as root."""
 
     def __init__(self, directory: str, plan: Plan) -> None:
-        self.directory = directory
-        self.staging = f"{directory}/staging"
         guest = plan["guest"]
         assert guest is not None
         self.argv = [guest["program"], "--root", f"{directory}/state", *guest["flags"]]
-        self.jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self.done: queue.Queue[BaseException | None] = queue.Queue()
-        os.chmod(directory, 0o711)
-        os.mkdir(self.staging, 0o711)
-        threading.Thread(target=self._work, daemon=True).start()
-        self._on_thread(lambda: self._stage(plan))
-        self.count = 0
+        super().__init__(directory, lambda: self._stage(plan, guest))
 
     def run(self) -> None:
         """Run the bundle once."""
         self.count += 1
         argv = [*self.argv, "run", "--bundle", f"{self.directory}/bundle", f"bench-{self.count}"]
+        self.on_thread(lambda: run_to_its_end(argv))
 
-        def body() -> None:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            actions = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate((reader, writer, writer))]
-            pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath}, file_actions=actions)
-            os.close(writer)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            said = os.read(reader, 4096)
-            os.close(reader)
-            if status:
-                raise RuntimeError(f"runsc failed: {said!r}")
-
-        self._on_thread(body)
-
-    def close(self) -> None:
-        """End the thread, and with it the mounts."""
-        self.jobs.put(None)
-
-    def _stage(self, plan: Plan) -> None:
-        libc.unshare(libc.CLONE_NEWNS)
-        libc.make_private("/")
-        userns = make_userns(agent_path(), [(0, BASE, 65536)], [(0, BASE, 65536)])
-        ids = Ids(base=BASE, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=userns)
-        Stager(self.staging, ids, agent_path()).run(plan["stage"])
-        assert plan["guest"] is not None
-        config = json.loads(json.dumps(plan["guest"]["oci"]))
+    def _stage(self, plan: Plan, guest: Guest) -> None:
+        self.stage(plan)
+        config = json.loads(json.dumps(guest["oci"]))
         config["root"]["path"] = f"{self.staging}/root"
         config["hostname"] = "bench"
         config["process"] |= {"args": ["true"], "env": plan["env"], "cwd": "/work"}
@@ -91,21 +53,6 @@ class Bare:
                 mount["source"] = f"{self.staging}{mount['source']}"
         os.mkdir(f"{self.directory}/bundle")
         Path(f"{self.directory}/bundle/config.json").write_text(json.dumps(config), encoding="utf-8")
-
-    def _on_thread(self, job: Callable[[], None]) -> None:
-        self.jobs.put(job)
-        error = self.done.get()
-        if error is not None:
-            raise error
-
-    def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            try:
-                job()
-            except BaseException as error:  # noqa: BLE001 - told to the main thread
-                self.done.put(error)
-            else:
-                self.done.put(None)
 
 
 def starts(runs: int) -> Samples:

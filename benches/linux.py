@@ -39,67 +39,35 @@ LIMITS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 Samples = dict[str, list[float]]
 
 
-class Bundle:
-    """The bundle that Ringfence would run, with ``true`` in place of the agent, run by the bare runtime.
+class Staged:
+    """A worker thread that keeps the mount namespace in which a root is staged, as the set-up of a sandbox does."""
 
-    A worker thread keeps the mount namespace in which the root is staged, as the set-up of a sandbox does.
-    """
-
-    def __init__(self, directory: str, plan: Plan) -> None:
+    def __init__(self, directory: str, stage: Callable[[], None]) -> None:
+        """Run `stage` on the thread, in `directory` with an empty directory "staging"."""
         self.directory = directory
         self.staging = f"{directory}/staging"
         self.jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self.done: queue.Queue[BaseException | None] = queue.Queue()
+        self.count = 0
         os.chmod(directory, 0o711)
         os.mkdir(self.staging, 0o711)
         threading.Thread(target=self._work, daemon=True).start()
-        self._on_thread(lambda: self._stage(plan))
-        self.count = 0
-
-    def run(self, runtime: str) -> None:
-        """Run the bundle once."""
-        self.count += 1
-        name = f"bench-{self.count}"
-        argv = [shutil.which(runtime) or runtime, "--root", f"{self.directory}/state", "run"]
-        argv += ["--bundle", f"{self.directory}/{runtime}", name]
-
-        def body() -> None:
-            # Pipes, as in the tier itself: crun gives its standard streams to the sandbox's user, and without
-            # them that would be the host's /dev/null or terminal.
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            actions = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate((reader, writer, writer))]
-            pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath}, file_actions=actions)
-            os.close(reader)
-            os.close(writer)
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-                raise RuntimeError(f"{runtime} failed")
-
-        self._on_thread(body)
+        self.on_thread(stage)
 
     def close(self) -> None:
         """End the thread, and with it the mounts."""
         self.jobs.put(None)
 
-    def _stage(self, plan: Plan) -> None:
+    def stage(self, plan: Plan) -> None:
+        """Stage the root of `plan`, in a mount namespace of the thread's own."""
         libc.unshare(libc.CLONE_NEWNS)
         libc.make_private("/")
         userns = make_userns(agent_path(), [(0, BASE, 65536)], [(0, BASE, 65536)])
         ids = Ids(base=BASE, uid=plan["user"]["uid"], gid=plan["user"]["gid"], userns=userns)
         Stager(self.staging, ids, agent_path()).run(plan["stage"])
-        for runtime in ("crun", "runc"):
-            config = json.loads(json.dumps(plan["oci"]))
-            config["root"]["path"] = f"{self.staging}/root"
-            config["hostname"] = "bench"
-            config["process"] |= {"args": ["true"], "env": plan["env"], "cwd": "/work"}
-            linux = config["linux"]
-            linux["cgroupsPath"] = "/ringfence/bench"
-            linux["namespaces"] = [{"type": space["type"]} for space in linux["namespaces"]]
-            for mappings in (linux["uidMappings"], linux["gidMappings"]):
-                mappings[0]["hostID"] = BASE
-            os.mkdir(f"{self.directory}/{runtime}")
-            Path(f"{self.directory}/{runtime}/config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    def _on_thread(self, job: Callable[[], None]) -> None:
+    def on_thread(self, job: Callable[[], None]) -> None:
+        """Run `job` there and wait for it; what it raises is raised here."""
         self.jobs.put(job)
         error = self.done.get()
         if error is not None:
@@ -113,6 +81,48 @@ class Bundle:
                 self.done.put(error)
             else:
                 self.done.put(None)
+
+
+def run_to_its_end(argv: list[str]) -> None:
+    """Run a bare runtime. Pipes, as in the tiers: crun gives its standard streams to the sandbox's user."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate((reader, writer, writer))]
+    pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath}, file_actions=actions)
+    os.close(writer)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    said = os.read(reader, 4096)
+    os.close(reader)
+    if status:
+        raise RuntimeError(f"{argv[0]} failed: {said!r}")
+
+
+class Bundle(Staged):
+    """The bundle that Ringfence would run, with ``true`` in place of the agent, run by the bare runtime."""
+
+    def __init__(self, directory: str, plan: Plan) -> None:
+        super().__init__(directory, lambda: self._stage(plan))
+
+    def run(self, runtime: str) -> None:
+        """Run the bundle once."""
+        self.count += 1
+        argv = [shutil.which(runtime) or runtime, "--root", f"{self.directory}/state", "run"]
+        argv += ["--bundle", f"{self.directory}/{runtime}", f"bench-{self.count}"]
+        self.on_thread(lambda: run_to_its_end(argv))
+
+    def _stage(self, plan: Plan) -> None:
+        self.stage(plan)
+        for runtime in ("crun", "runc"):
+            config = json.loads(json.dumps(plan["oci"]))
+            config["root"]["path"] = f"{self.staging}/root"
+            config["hostname"] = "bench"
+            config["process"] |= {"args": ["true"], "env": plan["env"], "cwd": "/work"}
+            linux = config["linux"]
+            linux["cgroupsPath"] = "/ringfence/bench"
+            linux["namespaces"] = [{"type": space["type"]} for space in linux["namespaces"]]
+            for mappings in (linux["uidMappings"], linux["gidMappings"]):
+                mappings[0]["hostID"] = BASE
+            os.mkdir(f"{self.directory}/{runtime}")
+            Path(f"{self.directory}/{runtime}/config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def spawn(argv: list[str]) -> None:

@@ -2,6 +2,8 @@
    the input does, `step` says. */
 #include "back.c"
 
+#include "fuzz/harness.h"
+
 enum { TURNS = 256, AGENTS = 4 };
 
 static int bridge_end;
@@ -10,24 +12,10 @@ static int agents[AGENTS]; /* the agent's ends of its connections, the main one 
 static int null_device;
 static int given[MAX_DESCRIPTORS]; /* what came with the last START */
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-int LLVMFuzzerInitialize(int *argc, char ***argv);
-
-static void must(bool good) {
-  if (!good) __builtin_trap();
-}
-
-static void shut(int *descriptor) {
-  if (*descriptor >= 0) close(*descriptor);
-  *descriptor = -1;
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
   (void)argc;
   (void)argv;
-  signal(SIGPIPE, SIG_IGN);
-  null_device = open("/dev/null", O_RDWR | O_CLOEXEC);
-  must(null_device >= 0);
+  null_device = begin_harness();
   return 0;
 }
 

@@ -2,6 +2,8 @@
    starts jobs, reads, writes and goes away. What each byte of the input does, `step` says. */
 #include "bridge.c"
 
+#include "fuzz/harness.h"
+
 #include <sys/un.h>
 
 enum { HOSTS = 4, TURNS = 256 };
@@ -17,25 +19,12 @@ static int guest;
 static int null_device;
 static int log_file;
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-int LLVMFuzzerInitialize(int *argc, char ***argv);
-
-static void must(bool good) {
-  if (!good) __builtin_trap();
-}
-
-static void shut(int *descriptor) {
-  if (*descriptor >= 0) close(*descriptor);
-  *descriptor = -1;
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
   (void)argc;
   (void)argv;
-  signal(SIGPIPE, SIG_IGN);
-  null_device = open("/dev/null", O_RDWR | O_CLOEXEC);
+  null_device = begin_harness();
   log_file = memfd_create("log", MFD_CLOEXEC);
-  must(null_device >= 0 && log_file >= 0);
+  must(log_file >= 0);
   return 0;
 }
 

@@ -401,3 +401,13 @@ def test_an_image_starts_as_it_says(state: str) -> None:
     result = ringfence.run(image="machine:1", isolation="microvm", allow_emulation=True, timeout=60)
     expected = b"own words red\n/made/for it\n1234\nchanged\ndata\nhidden\nsecret\nnewfor app\na\n"
     assert result.stdout == expected, result.stderr
+
+
+def test_a_kernel_parameter_is_set_and_said_to_be_the_guests(machines: Sandboxes) -> None:
+    """It is the guest's own, and the proof says that the host has not seen it."""
+    fields = {"sysctls": {"kernel.msgmax": "4242"}}
+    result = machines.run(["cat", "/proc/sys/kernel/msgmax"], fields, timeout=60)
+    assert result.stdout == b"4242\n"
+    assert result.proof is not None
+    (line,) = [line for line in result.proof["lines"] if line["control"] == "sysctl:kernel.msgmax"]
+    assert (line["asked"], line["vantage"], line["ok"]) == ("4242", "not observable", None)

@@ -473,3 +473,14 @@ def test_every_operation_has_words(name: str) -> None:
     assert "bind /srv/new\\nline\\x1b on /data/\\x1b, read-only, its owner is the job's user" in map(
         describe, ops
     )
+
+
+def test_what_cgroup_v2_keeps_in_part_is_said() -> None:
+    """A limit on writes that writes over others' cached pages escape stands in the proof as such, and nowhere else."""
+    mounts = [{"source": "/srv/out", "target": "/tmp/out", "mode": "rw"}]
+    workload = replace(inputs.BASE, sources=(inputs.SOURCES[2],))
+    made = make_plan(inputs.policy(filesystem__mounts=mounts), workload, inputs.ROOT_V2)
+    said = {item["field"]: item["reason"] for item in made["unenforced"]}
+    assert said.keys() == {"limits.io.write", "limits.io.write_iops"}
+    assert all(reason.startswith("in part: ") for reason in said.values())
+    assert make_plan(inputs.policy(), inputs.BASE, inputs.ROOT_V2)["unenforced"] == []

@@ -130,9 +130,14 @@ def make_plan(
         "filter_samples": parts.samples,
         "unenforced": [
             {"field": cell.field, "reason": cell.reason}
-            for cell in (*unenforced, *_label(policy, tier, host), *_emulated(tier, accelerator, host))
+            for cell in (
+                *unenforced,
+                *_label(policy, tier, host),
+                *_emulated(tier, accelerator, host),
+                *_written_over(policy, tier, host, skip),
+            )
         ],
-        "warnings": gvisor.notes(policy, workload) if tier == "gvisor" else [],
+        "warnings": _warnings(policy, workload, tier),
         "summary": [f"seccomp {seccomp.summary}"],
     }
     plan["digest"] = plan_digest(plan)
@@ -430,6 +435,25 @@ def _layout(host: Host) -> dict[str, object]:
         "controllers": list(facts.controllers),
         "base": facts.base,
     }
+
+
+def _warnings(policy: Policy, workload: Workload, tier: Tier) -> list[str]:
+    if tier == "gvisor":
+        return gvisor.notes(policy, workload)
+    return microvm.notes(policy) if tier == "microvm" else []
+
+
+def _written_over(policy: Policy, tier: Tier, host: Host, skip: frozenset[str]) -> list[Enforcement]:
+    """Return the limits on writes that cgroup v2 keeps in part alone: said in the proof, since nothing is refused."""
+    if host.cgroup.version != "v2" or not writes_to_disk(policy):
+        return []
+    asked = leaves(policy)
+    reason = "in part: cgroup v2 charges a write over pages that another group has cached to that group"
+    return [
+        Enforcement(field=field, tier=tier, enforced=False, reason=reason)
+        for field in ("limits.io.write", "limits.io.write_iops")
+        if asked[field] is not None and field not in skip
+    ]
 
 
 def _emulated(tier: Tier, accelerator: str, host: Host) -> list[Enforcement]:

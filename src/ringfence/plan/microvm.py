@@ -125,6 +125,13 @@ def check(policy: Policy, workload: Workload) -> None:
         )
 
 
+def notes(policy: Policy) -> list[str]:
+    """Return warnings: what the policy allows and a microVM does not give."""
+    if policy.no_new_privileges:
+        return []
+    return ["no_new_privileges: false has no effect: all that a microVM mounts is nosuid"]
+
+
 def guest_memory_bytes(limits: Limits) -> int:
     """Return how much memory the machine has: the job's and its kernel's, in whole MiB."""
     job = limits.memory_bytes or _DEFAULT_MEMORY_BYTES

@@ -84,9 +84,9 @@ def prove(
         lines = [_from_agent(line, reported_descriptors) for line in lines]
     lines += [_kept(field, plan[key]) for key, field in _KEPT if plan[key] is not None]  # type: ignore[literal-required]
     machine = plan["machine"]
-    lines += [
-        _kept_inside(field, value) for field, value in (machine["job_limits"] if machine else {}).items()
-    ]
+    if machine:
+        lines += [_kept_inside(field, field, value) for field, value in machine["job_limits"].items()]
+        lines += _sysctls_inside(machine["setup"])
     lines += [_not_enforced(item["field"], item["reason"]) for item in plan["unenforced"]]
     return {
         "format": 1,
@@ -280,10 +280,15 @@ def _kept(field: str, asked: Value) -> Line:
     }
 
 
-def _kept_inside(field: str, asked: Value) -> Line:
-    """Return the line of a limit in the guest's own control group, of which the job's processes show nothing."""
+def _sysctls_inside(setup: list[str]) -> list[Line]:
+    given = [line.split("=", 2)[1:] for line in setup if line.startswith("sysctl=")]
+    return [_kept_inside(f"sysctl:{name}", "sysctls", value) for name, value in given]
+
+
+def _kept_inside(control: str, field: str, asked: Value) -> Line:
+    """Return the line of what the guest's init has set, and of which the job's processes show nothing."""
     return {
-        "control": field,
+        "control": control,
         "field": field,
         "asked": asked,
         "observed": "kept by the guest's kernel, which would not have started the job without",
